@@ -1,0 +1,417 @@
+"""What the processes of one supervisor tell each other, and the channel that carries it.
+
+Facts are in the past tense, orders in the imperative. A channel is a Unix socket that keeps message borders; its end
+closes with its process, so `ChannelClosed` is how a process learns that its peer is dead. File descriptors travel
+with a message. Every message is one small JSON array; one too large for the socket goes through an unlinked file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+MAX_INLINE_BYTES = 60_000
+"""Above this a message travels through a file: a socket's buffer holds 200 KB by default, of many messages."""
+MAX_DESCRIPTORS = 4
+
+# Operation of a worker or the keeper at MongoDB: name, seconds, whether it succeeded.
+Operation = tuple[str, float, bool]
+
+
+class ChannelClosed(Exception):
+    """The other side is gone."""
+
+
+# -- between the supervisor and everyone ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Are you there? Answered at once by a healthy main loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """I am here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """End what you are at, take nothing new, and exit."""
+
+
+# -- supervisor and worker --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """The worker can claim jobs."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Claim a job of at most `limit_mb`. One of at most `sure_mb` may start at once, a larger one must ask."""
+
+    limit_mb: int
+    sure_mb: int
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A job is locked by this worker. With `waits`, it starts only after `Admit`."""
+
+    token: str
+    job_id: str
+    attempt: int
+    queue: str
+    memory_mb: int
+    wait_seconds: float
+    waits: bool
+    operations: list[Operation]
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """The job fits into the budget: start it."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The job does not fit now: hand it back without counting an attempt."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class NothingDue:
+    """The claim found no job (or, with `error`, could not be made)."""
+
+    operations: list[Operation]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """No process of the job is left: its memory is free, and the slot can take another while the outcome is written."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the job's tree of processes uses now. From its runner to the supervisor."""
+
+    token: str
+    used_mb: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The attempt is over and its outcome is written (or, with `spooled`, safe on disk until MongoDB is back)."""
+
+    token: str
+    job_id: str
+    attempt: int
+    status: str
+    reason: str | None
+    error: str | None
+    exit_code: int | None
+    duration_seconds: float
+    peak_memory_mb: int | None
+    kill_delay_seconds: float | None
+    held: bool
+    """False: the job was no longer this worker's, and nothing was written."""
+    spooled: bool
+    operations: list[Operation]
+
+
+# -- to and from the runner -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run this job. The write ends of its standard output and error travel with the message."""
+
+    token: str
+    path: str
+    args: list[str]
+    env: dict[str, str]
+    cwd: str | None
+    start_method: str
+    python: str
+    limit_mb: int
+    check_interval_seconds: float
+    kill_grace_seconds: float
+    timeout_seconds: float | None
+    deadline: float
+    """On `processes.clock()`: when the lease ends unless it is renewed."""
+    memory_warning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """The lease of this job was renewed until `deadline` (on `processes.clock()`)."""
+
+    token: str
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the job: SIGTERM, and SIGKILL after its grace; at once with `now`. `ending` is a `states.Ending`."""
+
+    token: str
+    ending: str
+    now: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The job is over, and no process of it is left. From the runner to its worker."""
+
+    token: str
+    ending: str
+    exit_code: int | None
+    error: str | None
+    duration_seconds: float
+    peak_memory_mb: int | None
+    kill_delay_seconds: float | None
+    leftovers: int
+    """Processes that outlived the script and were ended with it."""
+    story: list[str]
+    """Further lines for the job's log: why it was not warm, the processes of an overrun, a traceback."""
+    samples: list[tuple[float, int]]
+    """Seconds since the start, and MB in use."""
+
+
+# -- supervisor and warm interpreter ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WarmReady:
+    """The interpreter has imported what it could; `problems` are sentences about what it could not."""
+
+    pid: int
+    modules: list[str]
+    problems: list[str]
+    usable: bool
+    """False: jobs cannot be forked from it (it has threads); they are executed instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRunner:
+    """Fork the runner of a slot. Its sockets to its worker and to the supervisor travel with the message."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerForked:
+    slot: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreloadChanged:
+    """The file of a preloaded module has changed: the interpreter should be replaced."""
+
+    module: str
+
+
+# -- supervisor and keeper --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunningJob:
+    """One line of the supervisor's picture of what runs."""
+
+    token: str
+    job_id: str
+    attempt: int
+    worker_pid: int
+    memory_mb: int
+    used_mb: int
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The state of the pool, at least once a second, with what happened since the last one."""
+
+    phase: str
+    idle: int
+    busy: int
+    starting: int
+    budget_mb: int
+    reserved_mb: int
+    used_mb: int
+    running: list[RunningJob]
+    claimed: list[Claimed]
+    finished: list[Finished]
+    operations: list[Operation]
+    restarts: list[str]
+    """Reasons, one for each process that was replaced."""
+    problems: list[str]
+    """Why the pool is not ready; empty when it is."""
+    blocked_mb: int = 0
+    """Free memory of the budget is this small while something waits for more: look at the head of the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker is dead and none of its processes is left: what it held is to be taken back."""
+
+    worker: str
+    worker_pid: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperReady:
+    """The keeper is connected: what an earlier self left behind was taken back, and jobs may be claimed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """`count` jobs have become due, or may have (0: look once)."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The leases of these jobs hold until `deadline` (on `processes.clock()`)."""
+
+    tokens: list[str]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesLost:
+    """These jobs are no longer ours: they must be stopped, and nothing may be written."""
+
+    tokens: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreState:
+    """MongoDB was lost or came back."""
+
+    up: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueHead:
+    """The first due job that this supervisor could run in an empty budget; None: nothing waits."""
+
+    memory_mb: int | None
+
+
+Message = (
+    Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | NothingDue | Released | Usage | Finished
+    | Run | Extend | Stop | Ended | WarmReady | ForkRunner | RunnerForked | PreloadChanged
+    | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested | StoreState | QueueHead
+)  # fmt: skip
+
+_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in Message.__args__}
+_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in _TYPES.values()}
+_NESTED: dict[tuple[str, str], type[Any]] = {
+    ("Beat", "running"): RunningJob,
+    ("Beat", "claimed"): Claimed,
+    ("Beat", "finished"): Finished,
+}
+_FIELDS[RunningJob] = tuple(field.name for field in fields(RunningJob))
+
+T = TypeVar("T")
+
+
+def _values(message: Any) -> list[Any]:
+    return [getattr(message, name) for name in _FIELDS[type(message)]]
+
+
+def encode(message: Message) -> bytes:
+    """One message as JSON; nested messages become arrays of their fields."""
+    return json.dumps([type(message).__name__, *_values(message)], default=_values).encode()
+
+
+def decode(data: bytes) -> Message:
+    name, *values = json.loads(data)
+    kind = _TYPES[name]
+    for index, field in enumerate(_FIELDS[kind]):
+        nested = _NESTED.get((name, field))
+        if nested is not None:
+            values[index] = [nested(*entry) for entry in values[index]]
+    message: Message = kind(*values)
+    return message
+
+
+class Channel:
+    """One end of a connection between two processes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(left), cls(right)
+
+    @classmethod
+    def from_descriptor(cls, descriptor: int) -> Channel:
+        return cls(socket.socket(fileno=descriptor))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """Sends one message; raises `ChannelClosed` when nobody will read it."""
+        data = encode(message)
+        try:
+            if len(data) <= MAX_INLINE_BYTES and not descriptors:
+                self._socket.send(data)
+            elif len(data) <= MAX_INLINE_BYTES:
+                socket.send_fds(self._socket, [data], descriptors)
+            else:
+                with tempfile.TemporaryFile() as file:
+                    file.write(data)
+                    file.flush()
+                    socket.send_fds(self._socket, [b"file"], [*descriptors, file.fileno()])
+        except (BrokenPipeError, ConnectionResetError):
+            raise ChannelClosed from None
+
+    def receive(self) -> tuple[Message, list[int]]:
+        """The next message and its descriptors; blocks; raises `ChannelClosed` at the end."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, MAX_INLINE_BYTES + 1, MAX_DESCRIPTORS)
+        except ConnectionResetError:
+            raise ChannelClosed from None
+        if not data:
+            raise ChannelClosed
+        if data == b"file":
+            data = _contents(descriptors.pop())
+        return decode(data), descriptors
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _contents(descriptor: int) -> bytes:
+    with os.fdopen(descriptor, "rb") as file:
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,163 @@
+"""Every setting, declared once with its sentence; nothing else in this package reads the environment.
+
+Values come from variables with the prefix `SUPERVISOR_`, then from `settings.env` in the working directory
+(`SUPERVISOR_ENV_FILE` names another), then from the defaults here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from supervisor.errors import ConfigurationError
+
+PREFIX = "SUPERVISOR_"
+ENV_FILE_VARIABLE = "SUPERVISOR_ENV_FILE"
+DEFAULT_ENV_FILE = "settings.env"
+
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """The configuration of one supervisor, and of the commands that talk to its database."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file_encoding="utf-8", extra="ignore", frozen=True, env_ignore_empty=True
+    )
+
+    mongo_uri: str = Field("", description="MongoDB connection string; empty = the embedded MongoDB in DATA_DIR.")
+    mongo_db: str = Field("job_db", min_length=1, description="Database that holds the jobs.")
+    mongo_collection: str = Field("jobs", min_length=1, description="Collection that holds the jobs.")
+    data_dir: Path = Field(Path(".supervisor"), description="Embedded database, sockets, spooled results.")
+    workers: int = Field(os.cpu_count() or 1, ge=1, le=1024, description="Size of the pool. Default: CPUs.")
+    queues: Names = Field((), description="Comma-separated queues that this supervisor serves; empty = all.")
+    task_roots: Names = Field(
+        (), description="Comma-separated directories that scripts must be in; empty = the working directory."
+    )
+    start_method: Literal["warm", "exec"] = Field(
+        "warm", description="warm = forked from a preloaded interpreter, exec = a fresh interpreter for each job."
+    )
+    preload: Names = Field((), description="Comma-separated modules imported once into the warm interpreter.")
+    python: str = Field(sys.executable, min_length=1, description="Interpreter for exec. Default: this one.")
+    memory_budget: int | None = Field(
+        None, ge=1, description="MB that running jobs may reserve in all. Default: 90 % of what is available."
+    )
+    memory_check_interval: float = Field(
+        0.1, gt=0, le=60, description="Seconds, at most, between two looks at a job's memory; fewer near its limit."
+    )
+    lease_seconds: float = Field(
+        30.0, ge=1, le=86400, description="A lease that was not renewed for this long is taken back by anyone."
+    )
+    poll_interval: float = Field(
+        5.0, gt=0, le=3600, description="Seconds between fallback looks at the queue; new jobs wake the pool at once."
+    )
+    default_timeout: float | None = Field(
+        None, gt=0, description="Wall-clock limit in seconds of jobs that name none. Default: none."
+    )
+    kill_grace: float = Field(
+        5.0, ge=0, le=3600, description="Seconds from SIGTERM to SIGKILL on timeout, cancel and shutdown."
+    )
+    shutdown_timeout: float = Field(
+        30.0, ge=0, le=86400, description="Seconds that running jobs may go on after SIGTERM."
+    )
+    log_limit: float = Field(
+        16.0, gt=0, le=4096, description="MB of output kept for each attempt: the first and the last half."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Form of the supervisor's own log.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    retention_days: float = Field(
+        0.0, ge=0, le=36500, description="Age at which finished jobs and their output are removed; 0 = never."
+    )
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of the HTTP server.")
+    metrics_port: int = Field(9108, ge=0, le=65535, description="Port of the HTTP server; 0 = no HTTP server.")
+
+    @field_validator("queues", "task_roots", "preload", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("start_method", "log_format", "log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.strip().lower() if isinstance(value, str) else value
+
+    @field_validator("mongo_uri")
+    @classmethod
+    def _is_mongodb_uri(cls, value: str) -> str:
+        if value and not value.startswith(("mongodb://", "mongodb+srv://")):
+            raise ValueError("must begin with mongodb:// or mongodb+srv://")
+        return value
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The directories that scripts must be in, resolved."""
+        return tuple(Path(root).expanduser().resolve() for root in self.task_roots or (os.getcwd(),))
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """The settings of this process; raises `ConfigurationError` with the first setting that is wrong."""
+    try:
+        settings = Settings(_env_file=_env_file(), **overrides)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]).upper() if first["loc"] else "?"
+        message = first["msg"].removeprefix("Value error, ")
+        shown = "" if name == "MONGO_URI" else f", not {first['input']!r}"  # it may hold a password
+        raise ConfigurationError(_lower_first(message) + shown, setting=name) from None
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"the file is not UTF-8 text ({error.reason})", setting="ENV_FILE") from None
+    return settings
+
+
+def check_for_supervising(settings: Settings) -> None:
+    """What only the supervisor needs to be right; raises `ConfigurationError`."""
+    for root in settings.roots:
+        if not root.is_dir():
+            raise ConfigurationError(f"{str(root)!r} is not a directory", setting="TASK_ROOTS")
+    if not os.path.isfile(settings.python) or not os.access(settings.python, os.X_OK):
+        raise ConfigurationError(f"{settings.python!r} is not an executable file", setting="PYTHON")
+
+
+def unknown_settings() -> list[str]:
+    """Names with our prefix that mean nothing: most likely typing errors."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {ENV_FILE_VARIABLE}
+    names = {name for name in os.environ if name.startswith(PREFIX)}
+    file = _env_file()
+    if file is not None:
+        names |= set(re.findall(rf"^\s*(?:export\s+)?({PREFIX}\w+)\s*=", file.read_text("utf-8"), re.MULTILINE))
+    return sorted(names - known)
+
+
+def _env_file() -> Path | None:
+    named = os.environ.get(ENV_FILE_VARIABLE)
+    if named:
+        if not Path(named).is_file():
+            raise ConfigurationError(f"there is no file {named!r}", setting="ENV_FILE")
+        return Path(named)
+    default = Path(DEFAULT_ENV_FILE)
+    return default if default.is_file() else None
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+_CREDENTIALS = re.compile(r"(mongodb(?:\+srv)?://)([^/?#\s]*)@")
+
+
+def masked(text: str) -> str:
+    """The text with the user and password of every MongoDB URI in it replaced."""
+    return _CREDENTIALS.sub(r"\1***@", text)
