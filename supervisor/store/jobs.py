@@ -1,0 +1,251 @@
+"""Runs the transitions: the one place where jobs are read and written.
+
+Whatever a claim raises means *unknown*: the server may have applied it. So a claim that failed is looked up by its
+token before anything else is claimed. Bulk writes are not retried by the driver; ours are idempotent and are retried
+by the loops that call them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from bson import ObjectId
+from bson.errors import InvalidDocument, InvalidId
+from pymongo import MongoClient, ReturnDocument
+from pymongo.collection import Collection
+from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError
+
+from supervisor.errors import DuplicateJob, InvalidJob, StoreUnavailable
+from supervisor.states import Status
+from supervisor.store import schema, transitions
+from supervisor.store.client import is_passing, named
+from supervisor.store.transitions import Demand, Move, Owner
+
+Document = dict[str, Any]
+Observe = Callable[[str, float, bool], None]
+
+_TOO_LARGE_CODES = {10334, 17419, 17420}
+
+
+def ignore(operation: str, seconds: float, succeeded: bool) -> None:
+    """Observes nothing."""
+
+
+def possible_ids(job_id: Any) -> list[Any]:
+    """The values of `_id` that this text can stand for: other programs choose their own."""
+    candidates: list[Any] = [job_id]
+    if isinstance(job_id, str):
+        try:
+            candidates.insert(0, ObjectId(job_id))
+        except InvalidId:
+            pass
+        if job_id.lstrip("-").isdigit() and len(job_id) < 19:
+            candidates.append(int(job_id))
+    return candidates
+
+
+class JobStore:
+    """The collection of jobs. Every method raises `StoreUnavailable` when MongoDB cannot be reached."""
+
+    def __init__(
+        self, client: MongoClient[Document], db_name: str, collection_name: str, *, uri: str, observe: Observe = ignore
+    ) -> None:
+        self.collection: Collection[Document] = client[db_name][collection_name]
+        self._uri = uri
+        self._observe = observe
+
+    @contextmanager
+    def operation(self, name: str) -> Iterator[None]:
+        """Times one operation and names its errors."""
+        began = time.perf_counter()
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        except (DuplicateKeyError, BulkWriteError):
+            succeeded = True  # the server has answered; the caller makes sense of it
+            raise
+        except PyMongoError as error:
+            raise named(error, self._uri) from error
+        finally:
+            self._observe(name, time.perf_counter() - began, succeeded)
+
+    def ensure_indexes(self, *, by_queue: bool = False) -> None:
+        with self.operation("ensure_indexes"):
+            schema.ensure_indexes(self.collection.database, self.collection.name, by_queue=by_queue)
+
+    # -- producers ----------------------------------------------------------------------------------------------------
+
+    def insert(self, document: Document) -> Any:
+        """Inserts one job and returns its id; raises `DuplicateJob` when its unique key is taken."""
+        try:
+            with self.operation("insert"):
+                return self.collection.insert_one(document).inserted_id
+        except DuplicateKeyError:
+            raise self.duplicate(document) from None
+        except (InvalidDocument, OverflowError, UnicodeEncodeError) as error:
+            raise InvalidJob("document", str(error)) from None
+
+    def insert_many(self, documents: Sequence[Document]) -> list[DuplicateJob]:
+        """Inserts jobs in bulk; returns the refusals of those whose unique key is taken."""
+        try:
+            with self.operation("insert_many"):
+                self.collection.insert_many(documents, ordered=False)
+        except BulkWriteError as error:
+            problems = error.details.get("writeErrors", [])
+            others = [problem for problem in problems if problem.get("code") != 11000]
+            if others:
+                raise InvalidJob("document", str(others[0].get("errmsg"))) from None
+            return [self.duplicate(documents[problem["index"]]) for problem in problems]
+        return []
+
+    def duplicate(self, document: Mapping[str, Any]) -> DuplicateJob:
+        key = str(document.get("unique_key"))
+        owner = self.holder_of(key)
+        return DuplicateJob(key, str(owner["_id"]) if owner else None)
+
+    def holder_of(self, unique_key: str) -> Document | None:
+        """The pending or running job with this key."""
+        live = [Status.PENDING.value, Status.RUNNING.value]
+        with self.operation("find"):
+            return self.collection.find_one({"unique_key": unique_key, "status": {"$in": live}})
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    def claim(self, owner: Owner, token: str, demand: Demand, lease_seconds: float) -> Document | None:
+        """Locks the first due job, atomically, or returns None."""
+        index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
+        with self.operation("claim"):
+            return self.collection.find_one_and_update(
+                transitions.due(demand),
+                transitions.claim_update(owner, token, lease_seconds),
+                sort=schema.CLAIM_SORT,
+                hint=index,
+                return_document=ReturnDocument.AFTER,
+            )
+
+    def claimed_with(self, token: str) -> Document | None:
+        """The job that a claim with this token took, if it did: asked after a claim whose answer was lost."""
+        with self.operation("find_claim"):
+            return self.collection.find_one(
+                {"status": Status.RUNNING.value, "lock.token": token}, hint=schema.LEASE_INDEX
+            )
+
+    def refuse_unclaimable(self, demand: Demand, error: str) -> Any:
+        """Fails the first due job, which the server could not lock (a document at the size limit); returns its id."""
+        index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
+        with self.operation("refuse"):
+            head = self.collection.find_one(
+                transitions.due(demand), {"_id": True}, sort=schema.CLAIM_SORT, hint=index
+            )
+            if head is None:
+                return None
+            condition = {"_id": head["_id"], "status": Status.PENDING.value}
+            fields = {"status": Status.FAILED.value, "reason": "invalid_job", "error": error}
+            try:
+                self.collection.update_one(condition, {"$set": fields})
+            except OperationFailure as failure:
+                if failure.code not in _TOO_LARGE_CODES:
+                    raise
+                self.collection.update_one(condition, {"$set": {"status": Status.FAILED.value}})
+            return head["_id"]
+
+    def apply(self, move: Move, operation: str) -> bool:
+        """Makes one move; False: its condition did not hold, and nothing was written."""
+        with self.operation(operation):
+            return self.collection.update_one(move.filter, move.update).matched_count == 1
+
+    def finish(self, job_id: Any, token: str, move: Move) -> bool:
+        """Writes an outcome. A write whose answer was lost may have been applied: `held` by nobody is then ours."""
+        return self.apply(move, "finish")
+
+    # -- people -------------------------------------------------------------------------------------------------------
+
+    def find(self, job_id: Any, projection: Mapping[str, Any] | None = None) -> Document | None:
+        with self.operation("find"):
+            return self.collection.find_one({"_id": {"$in": possible_ids(job_id)}}, projection)
+
+    def change(self, move: Move, operation: str) -> bool:
+        """Makes a move that a person asked for; raises `DuplicateJob` when the unique key is taken meanwhile."""
+        try:
+            return self.apply(move, operation)
+        except DuplicateKeyError:
+            document = self.find(move.filter["_id"]) or {}
+            raise self.duplicate(document) from None
+
+    # -- the keeper ---------------------------------------------------------------------------------------------------
+
+    def renew(self, supervisor_id: str, tokens: Sequence[str], lease_seconds: float) -> list[str]:
+        """Renews the leases of these claims; returns the tokens that are no longer held."""
+        move = transitions.renew(supervisor_id, tokens, lease_seconds)
+        with self.operation("renew"):
+            result = self.collection.update_many(move.filter, move.update, hint=schema.LEASE_INDEX)
+            if result.matched_count >= len(tokens):
+                return []
+            found = self.collection.find(move.filter, {"lock.token": True}, hint=schema.LEASE_INDEX)
+            kept = {document["lock"]["token"] for document in found}
+        return [token for token in tokens if token not in kept]
+
+    def lose(self, condition: Document, why: str, *, at_most: int = 1000) -> list[Document]:
+        """Takes back the jobs that match, one by one; returns them as they are now."""
+        lost: list[Document] = []
+        projection = {"_id": True, "lock.token": True, "updated_at": True}
+        with self.operation("find_lost"):
+            found = list(self.collection.find(condition, projection, hint=schema.LEASE_INDEX).limit(at_most))
+        for document in found:
+            token = document.get("lock", {}).get("token")
+            exactly = {**condition, "_id": document["_id"], "lock.token": token}
+            if token is None:
+                exactly["updated_at"] = document.get("updated_at")
+            move = transitions.lose(exactly, why)
+            with self.operation("reclaim"):
+                after = self.collection.find_one_and_update(
+                    move.filter, move.update, return_document=ReturnDocument.AFTER
+                )
+            if after is not None:
+                lost.append(after)
+        return lost
+
+    def cancel_requests(self, supervisor_id: str) -> list[str]:
+        """Tokens of this supervisor's jobs that someone asked to cancel."""
+        condition = {
+            "status": Status.RUNNING.value,
+            "lock.supervisor_id": supervisor_id,
+            "cancel_requested": True,
+        }
+        with self.operation("find_cancelled"):
+            found = self.collection.find(condition, {"lock.token": True}, hint=schema.LEASE_INDEX)
+            return [document["lock"]["token"] for document in found]
+
+    def adopt(self) -> int:
+        """Gives documents of other programs the defaults that the order of running needs."""
+        move = transitions.adopt()
+        orphan = transitions.adopt_without_status()
+        with self.operation("adopt"):
+            adopted = self.collection.update_many(orphan.filter, orphan.update, hint=schema.LIST_INDEX).modified_count
+            adopted += self.collection.update_many(move.filter, move.update, hint=schema.CLAIM_INDEX).modified_count
+        return adopted
+
+    def remove_finished(self, older_than_days: float, *, at_most: int = 1000) -> int:
+        """Removes finished jobs of that age, and their output."""
+        age = {"$subtract": ["$$NOW", round(older_than_days * 86_400_000)]}
+        final = [status.value for status in Status if status.is_final]
+        condition = {
+            "status": {"$in": final},
+            "$expr": {"$lt": [{"$ifNull": ["$finished_at", "$updated_at", "$$NOW"]}, age]},
+        }
+        with self.operation("retention"):
+            ids = [document["_id"] for document in self.collection.find(condition, {"_id": True}).limit(at_most)]
+            if ids:
+                self.collection.database[schema.OUTPUT_COLLECTION].delete_many({"job_id": {"$in": ids}})
+                self.collection.delete_many({"_id": {"$in": ids}, "status": {"$in": final}})
+        return len(ids)
+
+
+def cannot_be_locked(error: StoreUnavailable) -> bool:
+    """Whether a claim failed because of the document at the head of the queue, not because MongoDB is away."""
+    cause = error.__cause__
+    return isinstance(cause, OperationFailure) and not is_passing(cause) and cause.code not in (13, 18)

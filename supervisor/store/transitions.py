@@ -1,0 +1,344 @@
+"""Each move of a job's status as one conditional write: a filter, and a pipeline that the server applies atomically.
+
+Pure functions, no I/O. Every time is the server's (`$$NOW`): the clocks of hosts do not matter. Every move away from
+`running` carries the token of its claim, so that a writer whose lease was taken over matches nothing. Documents may
+come from other programs, so that no field is trusted to have its type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from supervisor.job import MAX_LOSSES, Outcome, Verdict
+from supervisor.states import Reason, Status
+
+Document = dict[str, Any]
+Pipeline = list[Document]
+
+KEPT_LOG_ENTRIES = 500
+KEPT_ENTRY_BYTES = 4096
+"""Log entries of earlier attempts are cut to this, so that no number of attempts nears the 16 MB of a document."""
+
+_REMOVED_WITH_THE_LOCK = ["lock", "cancel_requested"]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One conditional write."""
+
+    filter: Document
+    update: Pipeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Who claims."""
+
+    supervisor_id: str
+    host: str
+    worker_pid: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Which jobs a claim may take."""
+
+    queues: Sequence[str] = ()
+    """Empty: all queues."""
+    limit_mb: int | None = None
+    exclude: Sequence[Any] = field(default=())
+
+
+def literal(value: Any) -> Document:
+    """A constant: text that begins with `$` must not be read as the name of a field."""
+    return {"$literal": value}
+
+
+def number(name: str) -> Document:
+    return {"$cond": [{"$isNumber": f"${name}"}, f"${name}", 0]}
+
+
+def add_one(name: str) -> Document:
+    return {"$add": [number(name), 1]}
+
+
+def entry(text: str) -> Document:
+    """One line of the job's log, stamped by the server."""
+    stamp = {"$dateToString": {"date": "$$NOW", "format": "%Y-%m-%dT%H:%M:%S.%LZ"}}
+    return {"$concat": ["[", stamp, "] ", literal(text)]}
+
+
+def with_entries(texts: Iterable[str]) -> Document:
+    """The job's log with further lines."""
+    logs = {"$cond": [{"$isArray": "$logs"}, "$logs", []]}
+    return {"$concatArrays": [{"$slice": [logs, -KEPT_LOG_ENTRIES]}, [entry(text) for text in texts]]}
+
+
+def with_entries_after_cut(texts: Iterable[str]) -> Document:
+    """The same, with long entries of earlier attempts cut."""
+    is_long = {
+        "$and": [
+            {"$eq": [{"$type": "$$line"}, "string"]},
+            {"$gt": [{"$strLenBytes": {"$cond": [{"$eq": [{"$type": "$$line"}, "string"]}, "$$line", ""]}}, 2 * KEPT_ENTRY_BYTES]},
+        ]
+    }  # fmt: skip
+    cut = {"$concat": [{"$substrCP": ["$$line", 0, KEPT_ENTRY_BYTES]}, "\n[… cut; see the output of that attempt]"]}
+    logs = {"$cond": [{"$isArray": "$logs"}, "$logs", []]}
+    shortened = {
+        "$map": {
+            "input": {"$slice": [logs, -KEPT_LOG_ENTRIES]},
+            "as": "line",
+            "in": {"$cond": [is_long, cut, "$$line"]},
+        }
+    }
+    return {"$concatArrays": [shortened, [entry(text) for text in texts]]}
+
+
+# -- pending → running ------------------------------------------------------------------------------------------------
+
+
+def due(demand: Demand) -> Document:
+    """What may be claimed. `$expr` compares across types: a missing or unreadable date counts as due, and is then
+    refused at the door instead of waiting for ever; `$not: {$gt}` does the same for `required_memory`."""
+    condition: Document = {"status": Status.PENDING.value, "$expr": {"$lte": ["$scheduled_date", "$$NOW"]}}
+    if demand.queues:
+        names: list[Any] = list(demand.queues)
+        condition["queue"] = {"$in": [*names, None] if "default" in names else names}
+    if demand.limit_mb is not None:
+        condition["required_memory"] = {"$not": {"$gt": demand.limit_mb}}
+    if demand.exclude:
+        condition["_id"] = {"$nin": list(demand.exclude)}
+    return condition
+
+
+def claim_update(owner: Owner, token: str, lease_seconds: float) -> Pipeline:
+    lock = {
+        "supervisor_id": literal(owner.supervisor_id),
+        "host": literal(owner.host),
+        "worker_pid": owner.worker_pid,
+        "worker": literal(owner.worker),
+        "token": literal(token),
+        "locked_at": "$$NOW",
+        "expires_at": {"$add": ["$$NOW", round(lease_seconds * 1000)]},
+    }
+    return [
+        {
+            "$set": {
+                "status": Status.RUNNING.value,
+                "attempts": add_one("attempts"),
+                "started_at": "$$NOW",
+                "updated_at": "$$NOW",
+                "lock": {"$mergeObjects": [lock]},  # an expression: replaces what was there instead of merging
+                "logs": with_entries([f"picked up by worker {owner.worker_pid} on {owner.host}"]),
+            }
+        },
+        {"$unset": "cancel_requested"},
+    ]
+
+
+# -- running → anything -----------------------------------------------------------------------------------------------
+
+
+def held(job_id: Any, token: str) -> Document:
+    return {"_id": job_id, "status": Status.RUNNING.value, "lock.token": token}
+
+
+def renew(supervisor_id: str, tokens: Sequence[str], lease_seconds: float) -> Move:
+    """The leases of these jobs hold for another while, from now on the server's clock."""
+    expires = {"$add": ["$$NOW", round(lease_seconds * 1000)]}
+    return Move(
+        {
+            "status": Status.RUNNING.value,
+            "lock.supervisor_id": supervisor_id,
+            "lock.token": {"$in": list(tokens)},
+        },
+        [{"$set": {"lock": {"$mergeObjects": ["$lock", {"expires_at": expires}]}}}],
+    )
+
+
+def finish(job_id: Any, token: str, outcome: Outcome, verdict: Verdict, details: Mapping[str, Any], lines: Sequence[str]) -> Move:  # fmt: skip
+    """What became of an attempt: the fields of its outcome, the counters, and the last lines of its log."""
+    fields: Document = {
+        "status": verdict.status.value,
+        "updated_at": "$$NOW",
+        "finished_at": "$$NOW",
+        "exit_code": literal(outcome.exit_code),
+        "reason": literal(outcome.reason.value if outcome.reason else None),
+        "error": literal(outcome.error),
+        "logs": with_entries_after_cut(lines),
+    }
+    fields |= {name: literal(value) for name, value in details.items()}
+    if outcome.peak_memory_mb is not None:
+        fields["peak_memory"] = outcome.peak_memory_mb
+    if verdict.counter:
+        fields[verdict.counter] = add_one(verdict.counter)
+    if verdict.retry_after_seconds is not None:
+        fields["scheduled_date"] = {"$add": ["$$NOW", round(verdict.retry_after_seconds * 1000)]}
+    if verdict.required_memory is not None:
+        fields["required_memory"] = verdict.required_memory
+    return Move(held(job_id, token), [*_finished(fields), {"$unset": _REMOVED_WITH_THE_LOCK}])
+
+
+def _finished(fields: Document) -> Pipeline:
+    """A job that goes back to pending although someone asked to cancel it is cancelled instead."""
+    if fields["status"] != Status.PENDING.value:
+        return [{"$set": fields}]
+    asked = {"$eq": ["$cancel_requested", True]}
+    fields["status"] = {"$cond": [asked, Status.CANCELLED.value, Status.PENDING.value]}
+    fields["reason"] = {"$cond": [asked, Reason.CANCELLED.value, fields["reason"]]}
+    return [{"$set": fields}]
+
+
+def give_back(job_id: Any, token: str) -> Move:
+    """A claimed job that was never started returns; `attempts` never goes down, so the claim stays counted."""
+    return Move(
+        held(job_id, token),
+        [
+            {
+                "$set": {
+                    "status": Status.PENDING.value,
+                    "updated_at": "$$NOW",
+                    "logs": with_entries(["handed back: there is no room for it on this host now"]),
+                }
+            },
+            {"$unset": ["lock"]},
+        ],
+    )
+
+
+def lose(condition: Document, why: str) -> Move:
+    """An attempt that a crash took: back to pending, or failed when that has happened too often."""
+    losses = add_one("losses")
+    too_often = {"$gte": ["$losses", MAX_LOSSES]}
+    asked = {"$eq": ["$cancel_requested", True]}
+    cases = [{"case": asked, "then": Status.CANCELLED.value}, {"case": too_often, "then": Status.FAILED.value}]
+    error = {"$concat": [literal(f"{why} ("), {"$toString": "$losses"}, literal(f" of {MAX_LOSSES} losses)")]}
+    return Move(
+        condition,
+        [
+            {"$set": {"losses": losses}},
+            {
+                "$set": {
+                    "status": {"$switch": {"branches": cases, "default": Status.PENDING.value}},
+                    "reason": {"$cond": [asked, Reason.CANCELLED.value, Reason.LOST.value]},
+                    "error": error,
+                    "exit_code": literal(None),
+                    "updated_at": "$$NOW",
+                    "finished_at": "$$NOW",
+                    "logs": with_entries([f"attempt lost: {why}"]),
+                }
+            },
+            {"$unset": _REMOVED_WITH_THE_LOCK},
+        ],
+    )
+
+
+# -- what can be reclaimed --------------------------------------------------------------------------------------------
+
+
+def expired() -> Document:
+    """Leases that ended. A missing date sorts below every other: only real dates are compared."""
+    return {
+        "status": Status.RUNNING.value,
+        "lock.expires_at": {"$type": "date"},
+        "$expr": {"$lt": ["$lock.expires_at", "$$NOW"]},
+    }
+
+
+def abandoned_by_others(older_than_seconds: float = 3600.0) -> Document:
+    """Running jobs without a lease (another program's), untouched for an hour."""
+    last = {"$ifNull": ["$updated_at", "$started_at", "$created_at", "$$NOW"]}
+    age = {"$subtract": ["$$NOW", round(older_than_seconds * 1000)]}
+    return {
+        "status": Status.RUNNING.value,
+        "lock.expires_at": None,
+        "$expr": {"$and": [{"$eq": [{"$type": last}, "date"]}, {"$lt": [last, age]}]},
+    }
+
+
+def of_worker(supervisor_id: str, worker: str) -> Document:
+    return {"status": Status.RUNNING.value, "lock.supervisor_id": supervisor_id, "lock.worker": worker}
+
+
+def of_supervisors(supervisor_ids: Sequence[str]) -> Document:
+    return {"status": Status.RUNNING.value, "lock.supervisor_id": {"$in": list(supervisor_ids)}}
+
+
+# -- on request -------------------------------------------------------------------------------------------------------
+
+
+def cancel_pending(job_id: Any) -> Move:
+    return Move(
+        {"_id": job_id, "status": Status.PENDING.value},
+        [
+            {
+                "$set": {
+                    "status": Status.CANCELLED.value,
+                    "reason": Reason.CANCELLED.value,
+                    "error": "cancelled before it was started",
+                    "updated_at": "$$NOW",
+                    "finished_at": "$$NOW",
+                    "logs": with_entries(["cancelled before it was started"]),
+                }
+            }
+        ],
+    )
+
+
+def request_cancel(job_id: Any) -> Move:
+    """Asks the supervisor that runs the job to stop it. A job without a lease is another program's."""
+    return Move(
+        {"_id": job_id, "status": Status.RUNNING.value, "lock.token": {"$type": "string"}},
+        [{"$set": {"cancel_requested": True, "updated_at": "$$NOW", "logs": with_entries(["asked to cancel"])}}],
+    )
+
+
+def retry(job_id: Any) -> Move:
+    """A finished job runs again, now, with its failures and losses forgotten; `attempts` goes on."""
+    return Move(
+        {"_id": job_id, "status": {"$in": [Status.FAILED.value, Status.CANCELLED.value, Status.COMPLETED.value]}},
+        [
+            {
+                "$set": {
+                    "status": Status.PENDING.value,
+                    "scheduled_date": "$$NOW",
+                    "updated_at": "$$NOW",
+                    "failures": 0,
+                    "losses": 0,
+                    "reason": None,
+                    "error": None,
+                    "logs": with_entries(["retried on request"]),
+                }
+            },
+            {"$unset": ["lock", "cancel_requested", "finished_at", "exit_code"]},
+        ],
+    )
+
+
+def set_status(job_id: Any, token: str | None, status: Status, text: str) -> Move:
+    """What a worker of somebody's own reports; conditional on its lock, if it took one."""
+    condition: Document = {"_id": job_id} if token is None else held(job_id, token)
+    fields: Document = {"status": status.value, "updated_at": "$$NOW", "logs": with_entries([text])}
+    if status.is_final:
+        fields["finished_at"] = "$$NOW"
+    removed = [] if status is Status.RUNNING else [{"$unset": _REMOVED_WITH_THE_LOCK}]
+    return Move(condition, [{"$set": fields}, *removed])
+
+
+def adopt() -> Move:
+    """Gives pending documents of other programs the values that the order of running needs."""
+    return Move(
+        {"status": Status.PENDING.value, "priority": None},
+        [{"$set": {"priority": 0, "queue": {"$ifNull": ["$queue", "default"]}}}],
+    )
+
+
+def adopt_without_status() -> Move:
+    """A document without a status is a pending job."""
+    return Move(
+        {"status": None, "python_path": {"$exists": True}},
+        [{"$set": {"status": Status.PENDING.value, "priority": {"$ifNull": ["$priority", 0]}}}],
+    )
