@@ -1,0 +1,177 @@
+"""The warm interpreter: imports what jobs need once, and forks the runners from which jobs are forked.
+
+Run as a file by the supervisor (`python warm.py DESCRIPTOR PRELOAD REFUSED PADDING`), never imported by it. It knows
+neither MongoDB nor a secret, has no thread, and never runs a job. Preloaded modules are foreign code: one that cannot
+be imported is left out with a sentence; one that starts a thread is refused, because a fork would lose that thread,
+by executing this file again without it. When the supervisor dies the socket closes, and this process ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+
+if __name__ == "__main__":
+    # The package is found beside this file; what a job may import from there is the job's own business.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from supervisor.execution import child
+from supervisor.execution.child import Launch
+from supervisor.execution.runner import Interpreter, Runner
+from supervisor.messages import Channel, ChannelClosed, ForkRunner, Ping, Pong, PreloadChanged, RunnerForked, WarmReady
+from supervisor.processes import reap
+
+FILES_INTERVAL_MS = 2000
+
+
+def preload(names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Imports the modules; returns those imported, those that start threads, and sentences about the failures."""
+    imported, threaded, problems = [], [], []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:  # foreign code: even sys.exit must not end this process
+            problems.append(f"PRELOAD: {name} cannot be imported: {type(error).__name__}: {error}")
+            continue
+        imported.append(name)
+        if has_threads_after_fork():
+            threaded.append(name)
+            break
+    return imported, threaded, problems
+
+
+def has_threads_after_fork() -> bool:
+    """Some libraries end their threads when the process forks, and start them again when needed: those are fine."""
+    if thread_count() == 1:
+        return False
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return thread_count() > 1
+
+
+def thread_count() -> int:
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        import threading
+
+        return threading.active_count()
+
+
+def loaded_files(before: set[str]) -> dict[str, tuple[str, float]]:
+    """Path → module and modification time, of everything that preloading has loaded."""
+    files = {}
+    for name in set(sys.modules) - before:
+        path = getattr(sys.modules[name], "__file__", None)
+        if isinstance(path, str):
+            try:
+                files[path] = (name, os.stat(path).st_mtime)
+            except OSError:
+                continue
+    return files
+
+
+class WarmInterpreter:
+    """The main loop of the warm interpreter."""
+
+    def __init__(self, supervisor: Channel, interpreter: Interpreter, files: dict[str, tuple[str, float]]) -> None:
+        self._supervisor = supervisor
+        self._interpreter = interpreter
+        self._files = files
+        self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> Runner | None:
+        """Forks runners on request. Returns None when the supervisor is gone, and in each runner the runner."""
+        signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        poll = select.poll()
+        poll.register(self._supervisor.fileno(), select.POLLIN)
+        poll.register(self._wakeup, select.POLLIN)
+        try:
+            while True:
+                events = poll.poll(FILES_INTERVAL_MS if self._files else None)
+                if not events:
+                    self._look_at_files()
+                for descriptor, _ in events:
+                    if descriptor == self._wakeup:
+                        os.read(self._wakeup, 4096)
+                        reap()
+                    else:
+                        runner = self._serve()
+                        if runner is not None:
+                            return runner
+        except ChannelClosed:
+            return None
+
+    def _serve(self) -> Runner | None:
+        message, descriptors = self._supervisor.receive()
+        if isinstance(message, Ping):
+            self._supervisor.send(Pong())
+        elif isinstance(message, ForkRunner):
+            worker, supervisor = descriptors
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                os.close(self._wakeup)
+                os.close(self._wakeup_end)
+                self._supervisor.close()
+                return Runner(Channel.from_descriptor(worker), Channel.from_descriptor(supervisor), self._interpreter)
+            os.close(worker)
+            os.close(supervisor)
+            self._supervisor.send(RunnerForked(message.slot, pid))
+        return None
+
+    def _look_at_files(self) -> None:
+        for path, (module, modified) in self._files.items():
+            try:
+                changed = os.stat(path).st_mtime != modified
+            except OSError:
+                changed = True  # replaced or removed: an upgrade is under way
+            if changed:
+                self._files = {}  # said once; the supervisor replaces this interpreter
+                self._supervisor.send(PreloadChanged(module))
+                return
+
+
+def prepare(descriptor: int, wanted: list[str], refused: list[str]) -> WarmInterpreter:
+    """Imports, tells the supervisor, and becomes ready to fork."""
+    before = set(sys.modules)
+    supervisor = Channel.from_descriptor(descriptor)
+    own_path = sys.path.pop(0)
+    imported, threaded, problems = preload([name for name in wanted if name not in refused])
+    sys.path.insert(0, own_path)
+    if threaded:
+        os.set_inheritable(descriptor, True)
+        arguments = [str(descriptor), json.dumps(wanted), json.dumps([*refused, *threaded]), *sys.argv[4:]]
+        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *arguments])
+    problems += [f"PRELOAD: {name} starts a thread when imported, which a fork would lose; left out" for name in refused]
+    usable = not has_threads_after_fork()
+    interpreter = Interpreter(
+        environment=dict(os.environ),
+        top_level_modules=frozenset(name.partition(".")[0] for name in sys.modules) - {"__main__", "supervisor"},
+        usable=usable,
+    )
+    files = loaded_files(before) if wanted else {}
+    child.prepare_warm()
+    supervisor.send(WarmReady(os.getpid(), imported, problems, usable))
+    return WarmInterpreter(supervisor, interpreter, files)
+
+
+def main() -> Launch | None:
+    """Returns only in a job process, with what it has to run."""
+    os.set_inheritable(int(sys.argv[1]), False)
+    runner = prepare(int(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])).run()
+    return runner.run() if runner is not None else None
+
+
+if __name__ == "__main__":
+    job = main()
+    if job is None:
+        os._exit(0)
+    child.run(job)

@@ -1,0 +1,651 @@
+"""The supervisor: one thread, no database, no user code, so nothing can make it hang.
+
+It compares what is with what ought to be, turn after turn: workers, keeper and warm interpreter are started and
+replaced; idle workers are granted claims as far as the memory budget goes; running jobs are stopped when they are
+cancelled, lose their lease, or outlive a shutdown. Everything arrives at one selector: signals, the channels of its
+children, and their deaths. When the supervisor dies, every socket to it closes, and everything below it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from supervisor.errors import ConfigurationError
+from supervisor.events import Logger, logger
+from supervisor.memory.budget import Budget
+from supervisor.memory.host import default_budget_mb
+from supervisor.messages import (
+    Admit,
+    Beat,
+    CancelRequested,
+    Channel,
+    ChannelClosed,
+    Claim,
+    Claimed,
+    Extend,
+    Finished,
+    KeeperReady,
+    LeasesLost,
+    Message,
+    NothingDue,
+    Operation,
+    Pong,
+    PreloadChanged,
+    QueueHead,
+    Refuse,
+    Released,
+    Renewed,
+    Retire,
+    RunnerForked,
+    RunningJob,
+    Stop,
+    StoreState,
+    Usage,
+    Wake,
+    WarmReady,
+    WorkerLost,
+    WorkerReady,
+)
+from supervisor.pool import Backoff, Child, RunWorker, Slot, SlotState, WorkerPool, run_forked
+from supervisor.processes import become_subreaper, clock, reap
+from supervisor.settings import Settings
+from supervisor.states import Ending
+from supervisor.systemd import notify
+
+TICK_SECONDS = 1.0
+BEAT_SECONDS = 0.1
+"""At most so often the keeper hears what happened; at least once a tick."""
+SWEEP_SECONDS = 0.01
+STOP_SECONDS = 15.0
+"""What workers and the keeper get to write their last words once no job is left."""
+
+
+class Phase(IntEnum):
+    """The life of a supervisor; it only goes forward."""
+
+    RUNNING = 0
+    DRAINING = 1
+    STOPPING = 2
+    STOPPED = 3
+
+
+@dataclass(slots=True)
+class Held:
+    """A job that a worker of ours has locked and whose outcome is not written yet."""
+
+    claimed: Claimed
+    slot: Slot
+    used_mb: int = 0
+    deadline: float = 0.0
+
+
+@dataclass(slots=True)
+class News:
+    """What happened since the last beat."""
+
+    claimed: list[Claimed] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.claimed or self.finished or self.operations)
+
+
+class Supervisor:
+    """The main loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        run_worker: RunWorker,
+        run_keeper: Callable[[Channel], int],
+        start_warm: Callable[[Settings], Child],
+        reload: Callable[[], Settings],
+        spared: Callable[[], Collection[int]] = tuple,
+        keeper_descriptors: Collection[int] = (),
+        log: Logger | None = None,
+    ) -> None:
+        self.phase = Phase.RUNNING
+        self._settings = settings
+        self._log = log or logger("supervisor")
+        self._selector = selectors.DefaultSelector()
+        self._pool = WorkerPool(self._selector, run_worker=run_worker, spared=spared)
+        self._pool.desired = settings.workers
+        self._budget = Budget(settings.memory_budget or default_budget_mb())
+        self._run_keeper = run_keeper
+        self._start_warm = start_warm
+        self._reload = reload
+        self._keeper_descriptors = keeper_descriptors
+        self._keeper: Child | None = None
+        self._keeper_backoff = Backoff()
+        self._keeper_ready = False
+        self._warm: Child | None = None
+        self._warm_backoff = Backoff()
+        self._warm_ready = False
+        self._warm_problems: list[str] = []
+        self._retired: dict[int, Child] = {}
+        self._store_up = True
+        self._held: dict[str, Held] = {}
+        self._announced = 0
+        self._news = News()
+        self._beat_at = 0.0
+        self._sweep_at = 0.0
+        self._interrupts = 0
+        self._drain_deadline = float("inf")
+        self._stop_deadline = float("inf")
+        self._ready_said = False
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Supervises until a signal ends it; returns the exit code."""
+        self._start()
+        while self.phase is not Phase.STOPPED:
+            for key, _ in self._selector.select(self._timeout()):
+                self._dispatch(key)
+            self._replace_the_dead()
+            self._pool.retire_outdated()
+            self._grant_claims()
+            self._tick()
+            self._advance_shutdown()
+        return 0
+
+    def _start(self) -> None:
+        become_subreaper()
+        self._wakeup, wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(wakeup_end, False)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, ("signal", None))
+        signal.set_wakeup_fd(wakeup_end, warn_on_full_buffer=False)
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # the byte in the pipe is all that a handler does
+        self._log.info(
+            "started",
+            pid=os.getpid(),
+            workers=self._pool.desired,
+            budget_mb=self._budget.total,
+            queues=",".join(self._settings.queues) or "all",
+        )
+
+    def _timeout(self) -> float:
+        if self._sweep_at:
+            return SWEEP_SECONDS
+        if self._news:
+            return max(0.0, self._beat_at + BEAT_SECONDS - clock())
+        return max(0.0, self._beat_at + TICK_SECONDS - clock())
+
+    def _dispatch(self, key: selectors.SelectorKey) -> None:
+        source, owner = key.data
+        if source == "signal":
+            self._take_signals()
+            return
+        child = owner if isinstance(owner, Child) else owner.worker if source == "worker" else owner.runner
+        try:
+            message, _ = child.channel.receive()
+        except ChannelClosed:
+            self._channel_closed(source, owner, child)
+            return
+        child.heard_at = clock()
+        self._handle(message, owner)
+
+    def _channel_closed(self, source: str, owner: Child | Slot, child: Child) -> None:
+        if source == "runner" and isinstance(owner, Slot):
+            self._pool.runner_gone(owner)
+            self._sweep_at = clock()
+        else:
+            self._selector.unregister(child.channel.fileno())  # its death follows, and is reaped
+
+    # -- messages -----------------------------------------------------------------------------------------------------
+
+    def _handle(self, message: Message, owner: Child | Slot) -> None:
+        match message, owner:
+            case Claimed(), Slot():
+                self._claimed(message, owner)
+            case NothingDue(), Slot():
+                self._nothing_due(message, owner)
+            case Released(), Slot():
+                self._released(message, owner)
+            case Finished(), Slot():
+                self._finished(message)
+            case Usage(), Slot():
+                if message.token in self._held:
+                    self._held[message.token].used_mb = message.used_mb
+            case WorkerReady(), Slot():
+                owner.worker_name = message.worker
+                self._slot_ready(owner)
+            case RunnerForked(), Child():
+                self._pool.runner_forked(message.slot, message.pid)
+                if message.slot in self._pool.slots:
+                    self._slot_ready(self._pool.slots[message.slot])
+            case WarmReady(), Child():
+                self._warm_is_ready(message, owner)
+            case PreloadChanged(), Child():
+                self._log.info("preload_changed", module=message.module)
+                self._replace_warm()
+            case KeeperReady(), Child():
+                self._keeper_ready = True
+                self._look_at_queue()
+            case Wake(), Child():
+                self._wake(message)
+            case Renewed(), Child():
+                self._renewed(message)
+            case LeasesLost(), Child():
+                self._stop_jobs(message.tokens, Ending.LEASE_ENDED, now=True)
+            case CancelRequested(), Child():
+                self._stop_jobs([message.token], Ending.CANCELLED)
+            case StoreState(), Child():
+                self._store_up = message.up
+                self._look_at_queue()
+            case QueueHead(), Child():
+                self._budget.head(clock(), message.memory_mb)
+            case Pong(), _:
+                pass
+            case _:
+                self._log.error("unexpected_message", message=type(message).__name__)
+
+    def _slot_ready(self, slot: Slot) -> None:
+        if slot.state is SlotState.STARTING and slot.worker_name and slot.runner.pid:
+            slot.state = SlotState.IDLE
+
+    def _claimed(self, claimed: Claimed, slot: Slot) -> None:
+        self._news.claimed.append(claimed)
+        self._news.operations += claimed.operations
+        slot.current = claimed.token
+        slot.state = SlotState.BUSY if slot.state is not SlotState.RETIRING else slot.state
+        self._held[claimed.token] = Held(claimed, slot, deadline=clock() + self._settings.lease_seconds)
+        if claimed.waits:
+            fits = self.phase is Phase.RUNNING and self._budget.admit(slot.number, claimed.memory_mb)
+            slot.worker.send(Admit(claimed.token) if fits else Refuse(claimed.token))
+        else:
+            self._budget.settle(slot.number, claimed.memory_mb)
+        if slot.asks:  # found by looking, not announced: there may be more
+            self._ask_another()
+
+    def _nothing_due(self, nothing: NothingDue, slot: Slot) -> None:
+        self._news.operations += nothing.operations
+        self._budget.settle(slot.number, None)
+        slot.asks = False
+        if slot.state is SlotState.CLAIMING:
+            slot.state = SlotState.IDLE
+        if nothing.error is not None:
+            self._log.warning("claim_failed", error=nothing.error)
+            self._announced = 0
+
+    def _released(self, released: Released, slot: Slot) -> None:
+        if slot.current != released.token:
+            return
+        slot.current = None
+        self._budget.release(slot.number)
+        slot.asks = True
+        if slot.state is SlotState.BUSY:
+            slot.state = SlotState.IDLE
+
+    def _finished(self, finished: Finished) -> None:
+        self._news.finished.append(finished)
+        self._news.operations += finished.operations
+        self._held.pop(finished.token, None)
+        report = self._log.info if finished.status == "completed" else self._log.warning
+        report(
+            "job_finished" if finished.held else "job_disowned",
+            job_id=finished.job_id,
+            attempt=finished.attempt,
+            status=finished.status,
+            reason=finished.reason,
+            error=finished.error,
+            seconds=round(finished.duration_seconds, 3),
+            peak_mb=finished.peak_memory_mb,
+        )
+
+    def _warm_is_ready(self, ready: WarmReady, child: Child) -> None:
+        if child is not self._warm:
+            return
+        self._warm_ready = True
+        self._warm_problems = list(ready.problems)
+        for problem in ready.problems:
+            self._log.error("preload_problem", msg=problem)
+        self._log.info("warm_interpreter_ready", pid=ready.pid, preloaded=",".join(ready.modules), usable=ready.usable)
+
+    def _renewed(self, renewed: Renewed) -> None:
+        for token in renewed.tokens:
+            held = self._held.get(token)
+            if held is not None:
+                held.deadline = renewed.deadline
+                held.slot.runner.send(Extend(token, renewed.deadline))
+
+    def _stop_jobs(self, tokens: Collection[str], ending: Ending, *, now: bool = False) -> None:
+        for token in tokens:
+            held = self._held.get(token)
+            if held is not None:
+                held.slot.runner.send(Stop(token, ending.value, now))
+
+    # -- claims -------------------------------------------------------------------------------------------------------
+
+    def _wake(self, wake: Wake) -> None:
+        if wake.count:
+            self._announced += wake.count
+        else:
+            self._look_at_queue()
+
+    def _look_at_queue(self) -> None:
+        """One idle worker looks; when it finds something, the next one does."""
+        self._ask_another()
+
+    def _ask_another(self) -> None:
+        for slot in self._pool.slots.values():
+            if slot.state is SlotState.IDLE and not slot.asks:
+                slot.asks = True
+                return
+
+    def _grant_claims(self) -> None:
+        if self.phase is not Phase.RUNNING or not self._keeper_ready or not self._store_up:
+            return
+        idle = [
+            slot
+            for slot in self._pool.slots.values()
+            if slot.state is SlotState.IDLE and slot.generation == self._pool.generation
+        ]
+        for count, slot in enumerate(idle):
+            if not slot.asks and self._announced == 0:
+                continue
+            offer = self._budget.offer(clock(), slot.number, idle=len(idle) - count)
+            if offer is None:
+                return
+            if not slot.asks:
+                self._announced -= 1
+            if slot.worker.send(Claim(offer.limit_mb, offer.sure_mb)):
+                slot.state = SlotState.CLAIMING
+        if not any(slot.state is SlotState.IDLE for slot in self._pool.slots.values()):
+            self._announced = 0  # whoever becomes idle looks by itself
+
+    # -- children -----------------------------------------------------------------------------------------------------
+
+    def _replace_the_dead(self) -> None:
+        for pid, exit_code in reap().items():
+            self._child_died(pid, exit_code)
+        for slot in self._pool.finish_ends():
+            self._slot_gone(slot)
+        if self._sweep_at and not self._pool.kill_strays() and clock() - self._sweep_at > 0.05:
+            self._sweep_at = 0.0
+        if self.phase >= Phase.STOPPING:
+            return
+        if self._warm is None and self._warm_backoff.allows():
+            self._warm = self._adopt(self._start_warm(self._settings))
+        if self._keeper is None and self._keeper_backoff.allows():
+            self._keeper = self._fork_keeper()
+        if self._warm is not None and self._warm_ready and self.phase is Phase.RUNNING:
+            self._pool.fill(self._warm)
+
+    def _child_died(self, pid: int, exit_code: int) -> None:
+        if self._pool.worker_died(pid, exit_code):
+            return
+        self._pool.discharge(pid)
+        if self._keeper is not None and pid == self._keeper.pid:
+            self._forget(self._keeper, "keeper_died", exit_code, self._keeper_backoff)
+            self._keeper, self._keeper_ready = None, False
+        elif self._warm is not None and pid == self._warm.pid:
+            self._forget(self._warm, "warm_interpreter_died", exit_code, self._warm_backoff)
+            self._warm, self._warm_ready = None, False
+            self._pool.replace_all()  # its runners go on with their jobs, but can be no model for new ones
+        elif pid in self._retired:
+            self._close(self._retired.pop(pid))
+        else:
+            self._sweep_at = clock()  # an orphan: a runner has died
+
+    def _forget(self, child: Child, reason: str, exit_code: int, backoff: Backoff) -> None:
+        self._close(child)
+        if self.phase < Phase.STOPPING:
+            self._log.error(reason, pid=child.pid, exit_code=exit_code)
+            self._pool.restarts.append(reason)
+            backoff.died(clock() - child.started_at)
+
+    def _close(self, child: Child) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(child.channel.fileno())
+        child.channel.close()
+
+    def _slot_gone(self, slot: Slot) -> None:
+        """No process of it is left: what its worker held may be given to anyone."""
+        self._budget.settle(slot.number, None)
+        self._budget.release(slot.number)
+        for token in [token for token, held in self._held.items() if held.slot is slot]:
+            del self._held[token]
+        retired = slot.worker_name == ""
+        if not retired and self._keeper is not None:
+            cause = "worker_died" if self.phase is Phase.RUNNING else "shutdown"
+            self._keeper.send(WorkerLost(slot.worker_name, slot.worker.pid, cause))
+
+    def _adopt(self, child: Child) -> Child:
+        self._pool.account_for(child.pid)
+        self._selector.register(child.channel.fileno(), selectors.EVENT_READ, ("child", child))
+        return child
+
+    def _fork_keeper(self) -> Child:
+        ours, theirs = Channel.pair()
+        pid = os.fork()
+        if pid == 0:
+            run_forked(lambda: self._run_keeper(theirs), (theirs,), keep=self._keeper_descriptors)
+        theirs.close()
+        return self._adopt(Child("keeper", pid, ours))
+
+    def _replace_warm(self) -> None:
+        """The old one ends when its socket closes; its runners go on until their slots are replaced."""
+        if self._warm is not None:
+            self._retired[self._warm.pid] = self._warm
+            self._close(self._warm)
+            self._warm = None
+        self._warm_ready = False
+        self._pool.replace_all()
+
+    # -- every second -------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = clock()
+        since = now - self._beat_at
+        if since < BEAT_SECONDS or (since < TICK_SECONDS and not self._news):
+            return
+        self._beat_at = now
+        beat = self._beat()
+        if self._keeper is not None and self._keeper.send(beat):
+            self._news = News()
+            self._pool.restarts = []
+        elif len(self._news.operations) > 10_000:
+            self._news = News()  # without a keeper nobody counts
+        if since >= TICK_SECONDS:
+            self._look_after_children(now)
+            self._tell_systemd(beat)
+
+    def _look_after_children(self, now: float) -> None:
+        patience = max(10.0, self._settings.lease_seconds)
+        self._pool.look_for_hung(patience)
+        for child in (self._keeper, self._warm):
+            if child is not None and child.is_hung(now, patience):
+                self._pool.kill(child, "no sign of life")
+                child.pinged_at = now
+        if self._pool.strays():
+            self._sweep_at = now
+
+    def _beat(self) -> Beat:
+        states = [slot.state for slot in self._pool.slots.values()]
+        busy = sum(state in (SlotState.BUSY, SlotState.RETIRING) for state in states)
+        idle = sum(state in (SlotState.IDLE, SlotState.CLAIMING) for state in states)
+        free = self._budget.free
+        return Beat(
+            phase=self.phase.name.lower(),
+            idle=idle,
+            busy=busy,
+            starting=len(states) - idle - busy,
+            budget_mb=self._budget.total,
+            reserved_mb=self._budget.reserved,
+            used_mb=sum(held.used_mb for held in self._held.values()),
+            running=[
+                RunningJob(
+                    token=token,
+                    job_id=held.claimed.job_id,
+                    attempt=held.claimed.attempt,
+                    worker_pid=held.slot.worker.pid,
+                    memory_mb=held.claimed.memory_mb,
+                    used_mb=held.used_mb,
+                    deadline=held.deadline,
+                )
+                for token, held in self._held.items()
+            ],
+            claimed=self._news.claimed,
+            finished=self._news.finished,
+            operations=self._news.operations,
+            restarts=self._pool.restarts,
+            problems=self._problems(idle + busy),
+            blocked_mb=max(1, free) if self._budget.reserved else 0,
+        )
+
+    def _problems(self, workers: int) -> list[str]:
+        problems = list(self._warm_problems)
+        if self.phase is not Phase.RUNNING:
+            problems.append("draining: no jobs are claimed any more")
+        if not self._warm_ready:
+            problems.append("the warm interpreter is not ready")
+        if workers == 0:
+            problems.append("no worker is up")
+        return problems
+
+    def _tell_systemd(self, beat: Beat) -> None:
+        ready = self._keeper_ready and beat.idle + beat.busy > 0
+        if ready and not self._ready_said:
+            self._ready_said = True
+            self._log.info("ready", workers=beat.idle + beat.busy)
+            notify("READY=1")
+        notify(f"WATCHDOG=1\nSTATUS={beat.phase}: {beat.busy} of {beat.busy + beat.idle} workers busy")
+
+    # -- signals ------------------------------------------------------------------------------------------------------
+
+    def _take_signals(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self._wakeup, 4096):
+                act = SIGNALS.get(signal.Signals(number))
+                if act is not None:
+                    self._log.info("signal", name=signal.Signals(number).name)
+                    act(self)
+
+    def drain(self) -> None:
+        """Claim nothing more, let jobs finish until the deadline, stop them, and end."""
+        if self.phase is Phase.RUNNING:
+            self.phase = Phase.DRAINING
+            self._drain_deadline = clock() + self._settings.shutdown_timeout
+            self._log.info("draining", running=len(self._held), seconds=self._settings.shutdown_timeout)
+            notify("STOPPING=1")
+
+    def interrupt(self) -> None:
+        """The first Ctrl-C drains, the second stops the jobs, the third does not wait for their grace."""
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self.drain()
+        else:
+            self.stop_now()
+
+    def stop_now(self) -> None:
+        """The deadline of the drain is now."""
+        again = self._drain_deadline <= clock()
+        self.drain()
+        self._drain_deadline = clock()
+        self._stop_jobs(list(self._held), Ending.INTERRUPTED, now=again)
+
+    def add_worker(self) -> None:
+        self._pool.desired += 1
+        self._log.info("resized", workers=self._pool.desired)
+
+    def remove_worker(self) -> None:
+        self._pool.desired = max(1, self._pool.desired - 1)
+        self._log.info("resized", workers=self._pool.desired)
+
+    def reload(self) -> None:
+        """Reads the settings again, and replaces everything that was made from them, without losing a job."""
+        try:
+            self._settings = self._reload()
+        except ConfigurationError as error:
+            self._log.error("reload_refused", error=error, msg="the settings of before stay in force")
+            return
+        self._pool.desired = self._settings.workers
+        self._budget.resize(self._settings.memory_budget or default_budget_mb())
+        self._replace_warm()
+        if self._keeper is not None:
+            self._keeper.send(Retire())
+            self._retired[self._keeper.pid] = self._keeper
+            self._keeper, self._keeper_ready = None, False
+        self._log.info("reloaded", workers=self._pool.desired, budget_mb=self._budget.total)
+
+    def report(self) -> None:
+        """Writes the state of the pool to the log."""
+        for slot in self._pool.slots.values():
+            held = self._held.get(slot.current or "")
+            self._log.info(
+                "slot",
+                slot=slot.number,
+                state=slot.state.value,
+                worker_pid=slot.worker.pid,
+                runner_pid=slot.runner.pid,
+                job_id=held.claimed.job_id if held else None,
+                attempt=held.claimed.attempt if held else None,
+                memory_mb=held.claimed.memory_mb if held else None,
+                used_mb=held.used_mb if held else None,
+            )
+        self._log.info(
+            "pool",
+            phase=self.phase.name.lower(),
+            desired=self._pool.desired,
+            budget_mb=self._budget.total,
+            reserved_mb=self._budget.reserved,
+            keeper_pid=self._keeper.pid if self._keeper else None,
+            warm_pid=self._warm.pid if self._warm else None,
+            mongodb="up" if self._store_up else "down",
+            announced=self._announced,
+        )
+
+    # -- shutdown -----------------------------------------------------------------------------------------------------
+
+    def _advance_shutdown(self) -> None:
+        now = clock()
+        if self.phase is Phase.DRAINING:
+            if now >= self._drain_deadline:
+                self._stop_jobs(list(self._held), Ending.INTERRUPTED)
+                self._drain_deadline = now + 1.0  # said again to jobs that started meanwhile
+            if not any(slot.state in (SlotState.BUSY, SlotState.CLAIMING) for slot in self._pool.slots.values()):
+                self.phase = Phase.STOPPING
+                self._stop_deadline = now + STOP_SECONDS
+                self._pool.desired = 0
+                for slot in self._pool.slots.values():
+                    self._pool.retire(slot)
+        if self.phase is Phase.STOPPING and not self._pool.slots:
+            self._stop_helpers()
+        if self.phase is Phase.STOPPING and now >= self._stop_deadline:
+            self._log.error("stop_timed_out", slots=len(self._pool.slots))
+            self.phase = Phase.STOPPED
+
+    def _stop_helpers(self) -> None:
+        if self._warm is not None:
+            self._retired[self._warm.pid] = self._warm
+            self._close(self._warm)
+            self._warm = None
+        if self._keeper is not None:
+            self._keeper.send(self._beat())
+            self._keeper.send(Retire())
+            self._retired[self._keeper.pid] = self._keeper
+            self._keeper = None
+        if not self._retired:
+            self.phase = Phase.STOPPED
+            self._log.info("stopped")
+
+
+SIGNALS: dict[signal.Signals, Callable[[Supervisor], None]] = {
+    signal.SIGTERM: Supervisor.drain,
+    signal.SIGINT: Supervisor.interrupt,
+    signal.SIGQUIT: Supervisor.stop_now,
+    signal.SIGHUP: Supervisor.reload,
+    signal.SIGTTIN: Supervisor.add_worker,
+    signal.SIGTTOU: Supervisor.remove_worker,
+    signal.SIGUSR1: Supervisor.report,
+}
