@@ -1,0 +1,1 @@
+"""MongoDB: all that this package knows about it, and the embedded server."""

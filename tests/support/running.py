@@ -1,0 +1,261 @@
+"""A real `python -m supervisor` for tests, and what they want to know of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from supervisor import JobManager
+from tests.support.waiting import wait_until
+
+Document = dict[str, Any]
+PYTHON = sys.executable
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody uses now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class RunningSupervisor:
+    """One supervisor process, its settings, and its children."""
+
+    def __init__(self, directory: Path, mongo_uri: str, db_name: str, **settings: object) -> None:
+        self.directory = directory
+        self.mongo_uri = mongo_uri
+        self.db_name = db_name
+        self.port = int(str(settings.pop("metrics_port", free_port())))
+        chosen = {
+            "mongo_uri": mongo_uri,
+            "mongo_db": db_name,
+            "workers": 2,
+            "metrics_port": self.port,
+            "task_roots": f"{directory},{REPOSITORY / 'tasks'}",
+            "memory_budget": 4096,
+            "kill_grace": 1,
+            "shutdown_timeout": 10,
+            **settings,
+        }
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("SUPERVISOR_")}
+        self.environment = clean | {
+            f"SUPERVISOR_{name.upper()}": str(value) for name, value in chosen.items() if value is not None
+        }
+        self.log_path = directory / f"supervisor-{self.port}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    # -- life
+
+    def start(self, *, ready: bool = True, timeout: float = 60) -> RunningSupervisor:
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                [PYTHON, "-m", "supervisor"],
+                cwd=self.directory,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        if ready:
+            wait_until(self.is_ready, timeout=timeout, what=lambda: f"the supervisor to be ready:\n{self.log()[-3000:]}")
+        return self
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 60) -> int:
+        assert self.process is not None
+        return self.process.wait(timeout)
+
+    def stop(self, timeout: float = 60) -> int:
+        """Drains it as an operator would; returns the exit code."""
+        if self.process is not None and self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        return self.wait(timeout)
+
+    def kill(self) -> None:
+        """kill -9 of the supervisor alone."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    # -- what it says
+
+    def log(self) -> str:
+        return self.log_path.read_text("utf-8", "replace")
+
+    def get(self, path: str, accept: str = "*/*") -> tuple[int, str]:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers={"Accept": accept})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except (OSError, urllib.error.URLError):
+            return 0, ""
+
+    def is_ready(self) -> bool:
+        if self.process is not None and self.process.poll() is not None:
+            raise AssertionError(f"the supervisor ended with {self.process.returncode}:\n{self.log()[-3000:]}")
+        return self.get("/readyz")[0] == 200
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample (`supervisor_` may be left out); 0 where there is none."""
+        wanted = name if name.startswith(("supervisor_", "process_")) else f"supervisor_{name}"
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                if sample.name == wanted and all(sample.labels.get(key) == value for key, value in labels.items()):
+                    return float(sample.value)
+        return 0.0
+
+    # -- its processes
+
+    def tree(self) -> list[psutil.Process]:
+        """Everything below it."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def workers(self) -> list[int]:
+        """The PIDs of its workers, from its own report."""
+        return self._reported("worker_pid")
+
+    def runners(self) -> list[int]:
+        return self._reported("runner_pid")
+
+    def warm_interpreter(self) -> int:
+        return self._reported_by_pool("warm_pid")
+
+    def keeper(self) -> int:
+        return self._reported_by_pool("keeper_pid")
+
+    def _report(self) -> list[dict[str, str]]:
+        """SIGUSR1 writes the state of the pool to the log."""
+        before = len(self.log())
+        self.signal(signal.SIGUSR1)
+        wait_until(lambda: " pool " in self.log()[before:] and "announced=" in self.log()[before:], what="the report")
+        rows = []
+        for line in self.log()[before:].splitlines():
+            words = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            words["event"] = next(iter(line.split()[3:4]), "")
+            rows.append(words)
+        return rows
+
+    def _reported(self, key: str) -> list[int]:
+        return [int(row[key]) for row in self._report() if row["event"] == "slot"]
+
+    def _reported_by_pool(self, key: str) -> int:
+        return next(int(row[key]) for row in self._report() if row["event"] == "pool")
+
+    # -- commands
+
+    def command(self, *arguments: str, module: str = "supervisor", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Runs a command against the same database."""
+        return subprocess.run(
+            [PYTHON, "-m", module, *arguments],
+            cwd=self.directory,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.command(*arguments, "--json").stdout)
+
+
+class Jobs:
+    """Jobs of one test: scripts are written, submitted and waited for."""
+
+    def __init__(self, directory: Path, manager: JobManager) -> None:
+        self.directory = directory
+        self.manager = manager
+
+    def script(self, source: str, name: str = "job.py") -> Path:
+        path = self.directory / name
+        path.write_text(source, "utf-8")
+        return path
+
+    def submit(self, script: str | Path, *arguments: object, **fields: Any) -> str:
+        name = fields.pop("request_name", "test")
+        return self.manager.create_job(name, str(script), [str(argument) for argument in arguments], **fields)
+
+    def get(self, job_id: Any) -> Document:
+        return self.manager.get_job(job_id)
+
+    def wait(self, job_id: Any, *statuses: str, timeout: float = 60) -> Document:
+        """The document, once its status is one of these (without any: a final one)."""
+        wanted = statuses or ("completed", "failed", "cancelled")
+        wait_until(
+            lambda: self.get(job_id)["status"] in wanted,
+            timeout=timeout,
+            what=lambda: f"job {job_id} to be {' or '.join(wanted)}, it is {self.get(job_id)}",
+        )
+        return self.get(job_id)
+
+    def output(self, job_id: Any, stream: str = "stdout", attempt: int = 1) -> bytes:
+        document = self.get(job_id)
+        chunks = self.manager.output.read(document["_id"], attempt)
+        return b"".join(chunk.data for chunk in chunks if chunk.stream == stream)
+
+
+@contextlib.contextmanager
+def running_supervisor(
+    directory: Path, mongo_uri: str, db_name: str, *, ready: bool = True, **settings: object
+) -> Iterator[RunningSupervisor]:
+    """A supervisor that is ready; drained at the end, with everything below it verified to be gone."""
+    supervisor = RunningSupervisor(directory, mongo_uri, db_name, **settings)
+    try:
+        supervisor.start(ready=ready)
+        yield supervisor
+    finally:
+        end(supervisor)
+
+
+def end(supervisor: RunningSupervisor) -> None:
+    """Stops a supervisor in whatever state, and asserts that no process of it is left."""
+    tree = supervisor.tree()
+    if supervisor.process is not None and supervisor.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            supervisor.signal(signal.SIGCONT)
+            supervisor.signal(signal.SIGQUIT)
+        try:
+            supervisor.wait(30)
+        except subprocess.TimeoutExpired:
+            supervisor.kill()
+    wait_until(
+        lambda: not [process for process in tree if is_alive(process)],
+        timeout=20,
+        what=lambda: f"no process to be left: {[process for process in tree if is_alive(process)]}",
+    )
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
