@@ -155,9 +155,14 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-_CREDENTIALS = re.compile(r"(mongodb(?:\+srv)?://)([^/?#\s]*)@")
+_CREDENTIALS = re.compile(r"(mongodb(?:\+srv)?://)\S[^\n]*@(?=[^@\s]*)")
+_SECRET_OPTIONS = re.compile(r"([?&;][A-Za-z]*(?:password|secret|token)[A-Za-z]*=)[^&\s]*", re.IGNORECASE)
+"""Options such as tlsCertificateKeyFilePassword."""
 
 
 def masked(text: str) -> str:
-    """The text with the user and password of every MongoDB URI in it replaced."""
-    return _CREDENTIALS.sub(r"\1***@", text)
+    """The text with the user and password of every MongoDB URI in it replaced, and its secret options.
+
+    Errs on the side of hiding: a password that was not percent-encoded may hold any character, spaces too.
+    """
+    return _SECRET_OPTIONS.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
