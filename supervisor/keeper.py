@@ -23,7 +23,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from supervisor import __version__
-from supervisor.errors import StoreUnavailable
+from supervisor.errors import StoreUnavailable, SupervisorError
 from supervisor.events import Logger, logger
 from supervisor.leases import Cause, LeaseKeeper
 from supervisor.messages import (
@@ -54,6 +54,8 @@ from supervisor.store.wakeup import BecamePending, CancelAsked, Change, ChangesU
 from supervisor.web.server import Health, Readiness
 
 REGISTER_SECONDS = 10.0
+REGISTER_AGAIN_SECONDS = 2.0
+"""At most so often it is written at once that something has changed."""
 COUNT_SECONDS = 10.0
 COUNT_DUTY = 50
 """Counting takes at most one fiftieth of the time: a large collection is counted less often."""
@@ -210,6 +212,7 @@ class Keeper:
         self._down_since: float | None = clock()
         self._ready = False
         self._head_flagged = False
+        self._registered_at = 0.0
         renew_every = settings.lease_seconds / 3
         self._lease_thread = DutyThread(
             "leases",
@@ -267,7 +270,10 @@ class Keeper:
                 pass
 
     def _take_beat(self, beat: Beat) -> None:
-        self._view.beat, self._view.seen_at = beat, clock()
+        before, self._view.beat, self._view.seen_at = self._view.beat, beat, clock()
+        if _picture(beat) != _picture(before) and clock() - self._registered_at > REGISTER_AGAIN_SECONDS:
+            self._registered_at = clock()
+            self._lease_thread.hasten("register")
         self._metrics.record(beat)
         if beat.blocked_mb and not self._head_flagged:
             self._head_flagged = True
@@ -300,7 +306,7 @@ class Keeper:
                     self._down_since = clock()
                     self._log.error("mongodb_lost", error=error)
                     self._tell(StoreState(up=False, error=str(error)))
-                with contextlib.suppress(StoreUnavailable):
+                with contextlib.suppress(SupervisorError):
                     self._revive_store()
             elif was_down and self._ready:
                 away = clock() - (self._down_since or clock())
@@ -515,3 +521,10 @@ class Keeper:
         else:
             reasons += beat.problems
         return Readiness(not reasons, reasons)
+
+
+def _picture(beat: Beat | None) -> object:
+    """What of a beat people should not see late."""
+    if beat is None:
+        return None
+    return beat.phase, beat.starting, beat.problems, beat.budget_mb, {job.token for job in beat.running}

@@ -13,7 +13,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 MAX_INLINE_BYTES = 60_000
 """Above this a message travels through a file: a socket's buffer holds 200 KB by default, of many messages."""
@@ -57,16 +57,20 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Claim a job of at most `limit_mb`. One of at most `sure_mb` may start at once, a larger one must ask."""
+    """Claim jobs of at most `limit_mb`, up to `count` of them to run one after the other.
 
+    Those of at most `sure_mb` may start at once; with a larger one among them, all wait for `Admit`.
+    """
+
+    grant: int
     limit_mb: int
     sure_mb: int
     count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
-    """A job is locked by this worker. With `waits`, it starts only after `Admit`."""
+class ClaimedJob:
+    """A job that a worker has locked."""
 
     token: str
     job_id: str
@@ -74,37 +78,58 @@ class Claimed:
     queue: str
     memory_mb: int
     wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a grant came to: jobs that are locked by this worker now."""
+
+    grant: int
+    jobs: list[ClaimedJob]
     waits: bool
     operations: list[Operation]
 
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """The job fits into the budget: start it."""
+    """The jobs of the grant fit into the budget: start them."""
 
-    token: str
+    grant: int
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The job does not fit now: hand it back without counting an attempt."""
+    """They do not fit now: hand them back."""
 
-    token: str
+    grant: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """Hand back what was claimed ahead and has not started."""
 
 
 @dataclass(frozen=True, slots=True)
 class NothingDue:
     """The claim found no job (or, with `error`, could not be made)."""
 
+    grant: int
     operations: list[Operation]
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """No process of the job is left: its memory is free, and the slot can take another while the outcome is written."""
+    """No job of the grant is left to run: its memory is free."""
 
-    token: str
+    grant: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hungry:
+    """Jobs are short here (`mean_seconds`), and what was claimed ahead runs out: another grant avoids a pause."""
+
+    mean_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +141,8 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """The attempt is over and its outcome is written (or, with `spooled`, safe on disk until MongoDB is back)."""
+class FinishedJob:
+    """An attempt is over and its outcome is written (or, with `spooled`, safe on disk until MongoDB is back)."""
 
     token: str
     job_id: str
@@ -132,6 +157,14 @@ class Finished:
     held: bool
     """False: the job was no longer this worker's, and nothing was written."""
     spooled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Attempts are over. `returned` names the tokens of jobs that were handed back without having started."""
+
+    jobs: list[FinishedJob]
+    returned: list[str]
     operations: list[Operation]
 
 
@@ -256,8 +289,8 @@ class Beat:
     reserved_mb: int
     used_mb: int
     running: list[RunningJob]
-    claimed: list[Claimed]
-    finished: list[Finished]
+    claimed: list[ClaimedJob]
+    finished: list[FinishedJob]
     operations: list[Operation]
     restarts: list[str]
     """Reasons, one for each process that was replaced."""
@@ -324,7 +357,7 @@ class QueueHead:
 
 
 Message = (
-    Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | NothingDue | Released | Usage | Finished
+    Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | GiveBack | NothingDue | Released | Hungry | Usage | Finished
     | Run | Extend | Stop | Ended | WarmReady | ForkRunner | RunnerForked | PreloadChanged
     | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested | StoreState | QueueHead
 )  # fmt: skip
@@ -332,14 +365,16 @@ Message = (
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in Message.__args__}
 _FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in _TYPES.values()}
 _NESTED: dict[tuple[str, str], type[Any]] = {
+    ("Claimed", "jobs"): ClaimedJob,
+    ("Finished", "jobs"): FinishedJob,
     ("Beat", "running"): RunningJob,
-    ("Beat", "claimed"): Claimed,
-    ("Beat", "finished"): Finished,
+    ("Beat", "claimed"): ClaimedJob,
+    ("Beat", "finished"): FinishedJob,
 }
-_FIELDS[RunningJob] = tuple(field.name for field in fields(RunningJob))
-
-T = TypeVar("T")
-
+_FIELDS |= {kind: tuple(field.name for field in fields(kind)) for kind in {*_NESTED.values()}}
+_NESTED_AT: dict[type[Any], list[tuple[int, type[Any]]]] = {}
+for (_kind, _field), _nested in _NESTED.items():
+    _NESTED_AT.setdefault(_TYPES[_kind], []).append((_FIELDS[_TYPES[_kind]].index(_field), _nested))
 
 def _values(message: Any) -> list[Any]:
     return [getattr(message, name) for name in _FIELDS[type(message)]]
@@ -353,10 +388,8 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message:
     name, *values = json.loads(data)
     kind = _TYPES[name]
-    for index, field in enumerate(_FIELDS[kind]):
-        nested = _NESTED.get((name, field))
-        if nested is not None:
-            values[index] = [nested(*entry) for entry in values[index]]
+    for index, nested in _NESTED_AT.get(kind, ()):
+        values[index] = [nested(*entry) for entry in values[index]]
     message: Message = kind(*values)
     return message
 

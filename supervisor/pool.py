@@ -82,15 +82,23 @@ class Slot:
     state: SlotState = SlotState.STARTING
     worker_name: str = ""
     runner_pidfd: int | None = None
-    current: str | None = None
-    """Token of the job that runs, or waits to be admitted, here."""
+    claiming: int | None = None
+    """The grant that it is claiming jobs for."""
+    grants: set[int] = field(default_factory=set)
+    """Grants whose jobs it holds."""
     asks: bool = True
     """Whether it is to look at the queue when it can, beyond what was announced."""
+    hungry: bool = False
+    """Whether its jobs are short and run out."""
+    mean_seconds: float = 1.0
     dying_since: float | None = None
 
-    @property
-    def is_up(self) -> bool:
-        return self.state in (SlotState.IDLE, SlotState.CLAIMING, SlotState.BUSY)
+    def update_state(self) -> None:
+        """From what it holds; a slot that starts, retires or is gone stays so."""
+        if self.state in (SlotState.IDLE, SlotState.CLAIMING, SlotState.BUSY):
+            self.state = (
+                SlotState.BUSY if self.grants else SlotState.CLAIMING if self.claiming is not None else SlotState.IDLE
+            )
 
 
 @dataclass(slots=True)
@@ -129,6 +137,7 @@ class WorkerPool:
         self._spared = spared
         self._log = log or logger("pool")
         self._others: set[int] = set()
+        self._leaving: dict[int, float] = {}
         self._serial = 0
 
     # -- who is ours --------------------------------------------------------------------------------------------------
@@ -157,7 +166,7 @@ class WorkerPool:
 
     def _known(self) -> set[int]:
         pids = {child.pid for slot in self.slots.values() for child in (slot.worker, slot.runner)}
-        return pids | self._others | set(self._spared())
+        return pids | self._others | set(self._leaving) | set(self._spared())
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -281,6 +290,9 @@ class WorkerPool:
     def _forget(self, slot: Slot) -> None:
         slot.state = SlotState.GONE
         slot.runner.channel.close()
+        now = clock()
+        self._leaving = {pid: since for pid, since in self._leaving.items() if now - since < LINGER_SECONDS}
+        self._leaving[slot.runner.pid] = now  # its socket closes a moment before it is gone
         if slot.runner_pidfd is not None:
             os.close(slot.runner_pidfd)
         del self.slots[slot.number]

@@ -28,8 +28,12 @@ from supervisor.messages import (
     ChannelClosed,
     Claim,
     Claimed,
+    ClaimedJob,
     Extend,
     Finished,
+    FinishedJob,
+    GiveBack,
+    Hungry,
     KeeperReady,
     LeasesLost,
     Message,
@@ -62,6 +66,10 @@ TICK_SECONDS = 1.0
 BEAT_SECONDS = 0.1
 """At most so often the keeper hears what happened; at least once a tick."""
 SWEEP_SECONDS = 0.01
+AHEAD_SECONDS = 0.05
+"""So much work, at most, is claimed for a slot before it starts; `worker` hands back what would wait longer."""
+MAX_AHEAD = 16
+CAUTIOUS_SECONDS = 30.0
 STOP_SECONDS = 15.0
 """What workers and the keeper get to write their last words once no job is left."""
 
@@ -79,7 +87,7 @@ class Phase(IntEnum):
 class Held:
     """A job that a worker of ours has locked and whose outcome is not written yet."""
 
-    claimed: Claimed
+    job: ClaimedJob
     slot: Slot
     used_mb: int = 0
     deadline: float = 0.0
@@ -89,8 +97,8 @@ class Held:
 class News:
     """What happened since the last beat."""
 
-    claimed: list[Claimed] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
+    claimed: list[ClaimedJob] = field(default_factory=list)
+    finished: list[FinishedJob] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -134,6 +142,9 @@ class Supervisor:
         self._store_up = True
         self._held: dict[str, Held] = {}
         self._announced = 0
+        self._grants = 0
+        self._claiming_ahead: int | None = None
+        self._cautious_until = 0.0
         self._news = News()
         self._beat_at = 0.0
         self._sweep_at = 0.0
@@ -213,6 +224,8 @@ class Supervisor:
                 self._released(message, owner)
             case Finished(), Slot():
                 self._finished(message)
+            case Hungry(), Slot():
+                owner.hungry, owner.mean_seconds = True, message.mean_seconds
             case Usage(), Slot():
                 if message.token in self._held:
                     self._held[message.token].used_mb = message.used_mb
@@ -254,53 +267,63 @@ class Supervisor:
             slot.state = SlotState.IDLE
 
     def _claimed(self, claimed: Claimed, slot: Slot) -> None:
-        self._news.claimed.append(claimed)
+        self._news.claimed += claimed.jobs
         self._news.operations += claimed.operations
-        slot.current = claimed.token
-        slot.state = SlotState.BUSY if slot.state is not SlotState.RETIRING else slot.state
-        self._held[claimed.token] = Held(claimed, slot, deadline=clock() + self._settings.lease_seconds)
+        self._answered(slot, claimed.grant)
+        slot.grants.add(claimed.grant)
+        slot.update_state()
+        deadline = clock() + self._settings.lease_seconds
+        for job in claimed.jobs:
+            self._held[job.token] = Held(job, slot, deadline=deadline)
+        memory_mb = max((job.memory_mb for job in claimed.jobs), default=0)
         if claimed.waits:
-            fits = self.phase is Phase.RUNNING and self._budget.admit(slot.number, claimed.memory_mb)
-            slot.worker.send(Admit(claimed.token) if fits else Refuse(claimed.token))
+            fits = self.phase is Phase.RUNNING and self._budget.admit(claimed.grant, memory_mb)
+            slot.worker.send(Admit(claimed.grant) if fits else Refuse(claimed.grant))
         else:
-            self._budget.settle(slot.number, claimed.memory_mb)
+            self._budget.settle(claimed.grant, memory_mb)
         if slot.asks:  # found by looking, not announced: there may be more
             self._ask_another()
 
     def _nothing_due(self, nothing: NothingDue, slot: Slot) -> None:
         self._news.operations += nothing.operations
-        self._budget.settle(slot.number, None)
-        slot.asks = False
-        if slot.state is SlotState.CLAIMING:
-            slot.state = SlotState.IDLE
+        self._answered(slot, nothing.grant)
+        self._budget.settle(nothing.grant, None)
+        slot.asks = slot.hungry = False
+        slot.update_state()
         if nothing.error is not None:
             self._log.warning("claim_failed", error=nothing.error)
             self._announced = 0
 
+    def _answered(self, slot: Slot, grant: int) -> None:
+        slot.claiming = None
+        if self._claiming_ahead == grant:
+            self._claiming_ahead = None
+
     def _released(self, released: Released, slot: Slot) -> None:
-        if slot.current != released.token:
-            return
-        slot.current = None
-        self._budget.release(slot.number)
-        slot.asks = True
-        if slot.state is SlotState.BUSY:
-            slot.state = SlotState.IDLE
+        slot.grants.discard(released.grant)
+        self._budget.release(released.grant)
+        slot.update_state()
+        if slot.state is SlotState.IDLE:
+            slot.asks = True
 
     def _finished(self, finished: Finished) -> None:
-        self._news.finished.append(finished)
+        self._news.finished += finished.jobs
         self._news.operations += finished.operations
-        self._held.pop(finished.token, None)
-        report = self._log.info if finished.status == "completed" else self._log.warning
-        report(
-            "job_finished" if finished.held else "job_disowned",
-            job_id=finished.job_id,
-            attempt=finished.attempt,
-            status=finished.status,
-            reason=finished.reason,
-            error=finished.error,
-            seconds=round(finished.duration_seconds, 3),
-            peak_mb=finished.peak_memory_mb,
-        )
+        for token in finished.returned:
+            self._held.pop(token, None)
+        for job in finished.jobs:
+            self._held.pop(job.token, None)
+            report = self._log.info if job.status == "completed" else self._log.warning
+            report(
+                "job_finished" if job.held else "job_disowned",
+                job_id=job.job_id,
+                attempt=job.attempt,
+                status=job.status,
+                reason=job.reason,
+                error=job.error,
+                seconds=round(job.duration_seconds, 3),
+                peak_mb=job.peak_memory_mb,
+            )
 
     def _warm_is_ready(self, ready: WarmReady, child: Child) -> None:
         if child is not self._warm:
@@ -345,23 +368,43 @@ class Supervisor:
     def _grant_claims(self) -> None:
         if self.phase is not Phase.RUNNING or not self._keeper_ready or not self._store_up:
             return
-        idle = [
-            slot
-            for slot in self._pool.slots.values()
-            if slot.state is SlotState.IDLE and slot.generation == self._pool.generation
-        ]
+        up = [slot for slot in self._pool.slots.values() if slot.generation == self._pool.generation]
+        idle = [slot for slot in up if slot.state is SlotState.IDLE]
         for count, slot in enumerate(idle):
-            if not slot.asks and self._announced == 0:
-                continue
-            offer = self._budget.offer(clock(), slot.number, idle=len(idle) - count)
-            if offer is None:
-                return
-            if not slot.asks:
-                self._announced -= 1
-            if slot.worker.send(Claim(offer.limit_mb, offer.sure_mb)):
-                slot.state = SlotState.CLAIMING
-        if not any(slot.state is SlotState.IDLE for slot in self._pool.slots.values()):
-            self._announced = 0  # whoever becomes idle looks by itself
+            if slot.asks or self._announced:
+                self._grant(slot, idle=len(idle) - count)
+        if any(slot.state is SlotState.IDLE for slot in up):
+            return
+        self._announced = 0  # nobody is idle, and whoever becomes idle looks by itself
+        for slot in up:
+            if slot.hungry and slot.state is SlotState.BUSY and slot.claiming is None and self._may_claim_ahead():
+                self._grant(slot, idle=1)
+
+    def _grant(self, slot: Slot, *, idle: int) -> None:
+        """Lets a worker claim, as much as there is room for."""
+        count = self._how_many(slot, idle)
+        self._grants += 1
+        offer = self._budget.offer(clock(), self._grants, idle=idle)
+        if offer is None or not slot.worker.send(Claim(self._grants, offer.limit_mb, offer.sure_mb, count)):
+            self._budget.settle(self._grants, None)
+            return
+        if not slot.asks and not slot.hungry:
+            self._announced -= 1
+        slot.claiming, slot.hungry = self._grants, False
+        slot.update_state()
+        if count > 1:
+            self._claiming_ahead = self._grants
+
+    def _may_claim_ahead(self) -> bool:
+        """One worker at a time claims several jobs: two would take them from each other. None does after a crash,
+        whose cause may be the next job: claimed alone, it counts against that job."""
+        return self._claiming_ahead is None and clock() >= self._cautious_until
+
+    def _how_many(self, slot: Slot, idle: int) -> int:
+        """Several jobs at once where they are short and nobody else would take them sooner."""
+        if idle > 1 or not self._may_claim_ahead():
+            return 1
+        return max(1, min(MAX_AHEAD, int(AHEAD_SECONDS / max(slot.mean_seconds, 0.001))))
 
     # -- children -----------------------------------------------------------------------------------------------------
 
@@ -411,8 +454,11 @@ class Supervisor:
 
     def _slot_gone(self, slot: Slot) -> None:
         """No process of it is left: what its worker held may be given to anyone."""
-        self._budget.settle(slot.number, None)
-        self._budget.release(slot.number)
+        for grant in {*slot.grants, slot.claiming}:
+            if grant is not None:
+                self._answered(slot, grant)
+                self._budget.release(grant)
+        self._cautious_until = clock() + CAUTIOUS_SECONDS
         for token in [token for token, held in self._held.items() if held.slot is slot]:
             del self._held[token]
         retired = slot.worker_name == ""
@@ -486,10 +532,10 @@ class Supervisor:
             running=[
                 RunningJob(
                     token=token,
-                    job_id=held.claimed.job_id,
-                    attempt=held.claimed.attempt,
+                    job_id=held.job.job_id,
+                    attempt=held.job.attempt,
                     worker_pid=held.slot.worker.pid,
-                    memory_mb=held.claimed.memory_mb,
+                    memory_mb=held.job.memory_mb,
                     used_mb=held.used_mb,
                     deadline=held.deadline,
                 )
@@ -537,6 +583,8 @@ class Supervisor:
             self.phase = Phase.DRAINING
             self._drain_deadline = clock() + self._settings.shutdown_timeout
             self._log.info("draining", running=len(self._held), seconds=self._settings.shutdown_timeout)
+            for slot in self._pool.slots.values():
+                slot.worker.send(GiveBack())
             notify("STOPPING=1")
 
     def interrupt(self) -> None:
@@ -581,16 +629,16 @@ class Supervisor:
     def report(self) -> None:
         """Writes the state of the pool to the log."""
         for slot in self._pool.slots.values():
-            held = self._held.get(slot.current or "")
+            held = next((held for held in self._held.values() if held.slot is slot), None)
             self._log.info(
                 "slot",
                 slot=slot.number,
                 state=slot.state.value,
                 worker_pid=slot.worker.pid,
                 runner_pid=slot.runner.pid,
-                job_id=held.claimed.job_id if held else None,
-                attempt=held.claimed.attempt if held else None,
-                memory_mb=held.claimed.memory_mb if held else None,
+                job_id=held.job.job_id if held else None,
+                attempt=held.job.attempt if held else None,
+                memory_mb=held.job.memory_mb if held else None,
                 used_mb=held.used_mb if held else None,
             )
         self._log.info(

@@ -16,10 +16,10 @@ import dataclasses
 import os
 import secrets
 import selectors
-import signal
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -34,8 +34,12 @@ from supervisor.messages import (
     ChannelClosed,
     Claim,
     Claimed,
+    ClaimedJob,
     Ended,
     Finished,
+    FinishedJob,
+    GiveBack,
+    Hungry,
     Message,
     NothingDue,
     Operation,
@@ -53,11 +57,19 @@ from supervisor.settings import Settings
 from supervisor.spool import Spool
 from supervisor.states import Ending, Reason
 from supervisor.store import transitions
-from supervisor.store.jobs import JobStore, cannot_be_locked
+from supervisor.store.jobs import JobStore, is_refusal
 from supervisor.store.output import OutputStore
-from supervisor.store.transitions import Demand, Owner
+from supervisor.store.transitions import Demand, Move, Owner
 
 FLUSH_SECONDS = 1.0
+AHEAD_SECONDS = 0.05
+"""Jobs are claimed ahead for at most this long, and go back when the one that runs takes longer."""
+LOW_WATER = 4
+"""With so few jobs left that were claimed ahead, more are asked for."""
+RESULTS_TOGETHER = 16
+RESULTS_WAIT_SECONDS = 0.02
+"""While other jobs run, outcomes are written together, and wait for each other at most this long."""
+NEVER = float("inf")
 READ_BYTES = 65_536
 MB = 1_048_576
 SAMPLES_KEPT = 64
@@ -73,21 +85,84 @@ class Attempt:
     """A job that this worker holds."""
 
     document: dict[str, Any]
-    token: str
+    grant: int
     deadline: float
+    counts: Counts
+    ahead: bool
+    """Claimed ahead of others: MongoDB counts the attempt only once it has started."""
     spec: JobSpec | None = None
-    counts: Counts = field(default_factory=Counts)
     script: str = ""
     output: OutputCapture | None = None
     ended: Ended | None = None
+
+    @property
+    def key(self) -> Any:
+        return self.document["_id"]
 
     @property
     def job_id(self) -> str:
         return str(self.document["_id"])
 
     @property
+    def token(self) -> str:
+        token: str = self.document["lock"]["token"]
+        return token
+
+    @property
     def number(self) -> int:
-        return self.counts.attempts
+        return self.counts.attempts + 1 if self.ahead else self.counts.attempts
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How an attempt ended, with everything that is to be written of it."""
+
+    attempt: Attempt
+    outcome: Outcome
+    verdict: Verdict
+    move: Move
+    chunks: list[Chunk]
+    removed: list[int]
+
+
+@dataclass(slots=True)
+class Timers:
+    """When the main loop has something to do by itself, on `processes.clock()`."""
+
+    flush: float = NEVER
+    """Send what the running job has printed."""
+    patience: float = NEVER
+    """The running job counts as long from then on."""
+    results: float = NEVER
+    """Write the outcomes that wait for company."""
+    flushing: bool = False
+
+    def next_in(self) -> float | None:
+        first = min(self.flush, self.patience, self.results)
+        return None if first == NEVER else max(0.0, first - clock())
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long jobs take here, which decides whether others are claimed ahead."""
+
+    mean_seconds: float = AHEAD_SECONDS
+    _began: float = 0.0
+
+    @property
+    def is_short(self) -> bool:
+        return self.mean_seconds < AHEAD_SECONDS / 2
+
+    def started(self) -> float:
+        """Returns when the job counts as long."""
+        self._began = clock()
+        return self._began + AHEAD_SECONDS
+
+    def ended(self) -> None:
+        self.mean_seconds += 0.3 * (clock() - self._began - self.mean_seconds)
+
+    def slow_down(self) -> None:
+        self.mean_seconds = max(self.mean_seconds, 2 * AHEAD_SECONDS)
 
 
 class StoreThread:
@@ -158,13 +233,19 @@ class Worker:
         self._thread = StoreThread()
         self._selector = selectors.DefaultSelector()
         self._streams: dict[int, str] = {}
-        self._attempt: Attempt | None = None
-        self._waiting: Attempt | None = None
-        self._unfinished = 0
-        self._claiming = False
+        self._current: Attempt | None = None
+        self._ahead: deque[Attempt] = deque()
+        self._waiting: dict[int, list[Attempt]] = {}
+        self._open: dict[int, int] = {}
+        self._results: list[Result] = []
+        self._writing = 0
+        self._claiming = 0
         self._retiring = False
-        self._flush_at: float | None = None
-        self._flushing = False
+        self._asked = False
+        self._pace = Pace()
+        self._timers = Timers()
+
+    # -- main loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Works until it is retired or one of its neighbours is gone; returns the exit code."""
@@ -178,16 +259,18 @@ class Worker:
         except ChannelClosed:
             return 1
         finally:
+            self._write_results()
             self._thread.finish(timeout_seconds=10.0)
             with contextlib.suppress(ChannelClosed):
                 self._thread.deliver()
 
     def _is_idle(self) -> bool:
-        return self._attempt is None and self._waiting is None and not self._claiming and self._unfinished == 0
+        return not (
+            self._current or self._ahead or self._waiting or self._claiming or self._results or self._writing
+        )
 
     def _turn(self) -> None:
-        timeout = None if self._flush_at is None else max(0.0, self._flush_at - clock())
-        for key, _ in self._selector.select(timeout):
+        for key, _ in self._selector.select(self._timers.next_in()):
             descriptor = key.fd
             if descriptor in self._streams:
                 self._read(descriptor)
@@ -197,25 +280,31 @@ class Worker:
                 self._handle(self._runner.receive()[0])
             elif descriptor == self._supervisor.fileno():
                 self._handle(self._supervisor.receive()[0])
-        if self._flush_at is not None and clock() >= self._flush_at:
+        now = clock()
+        if self._timers.flush <= now:
             self._flush()
+        if self._timers.patience <= now:
+            self._lose_patience()
+        if self._timers.results <= now:
+            self._write_results()
 
     def _handle(self, message: Message) -> None:
         match message:
+            case Ended() if self._current is not None and self._current.token == message.token:
+                self._end(self._current, message)
             case Claim():
                 self._claim(message)
-            case Admit() if self._waiting is not None and self._waiting.token == message.token:
-                attempt, self._waiting = self._waiting, None
-                self._start(attempt)
-            case Refuse() if self._waiting is not None and self._waiting.token == message.token:
-                attempt, self._waiting = self._waiting, None
-                self._give_back(attempt)
-            case Ended() if self._attempt is not None and self._attempt.token == message.token:
-                self._end(self._attempt, message)
+            case Admit():
+                self._admit(self._waiting.pop(message.grant, []))
+            case Refuse():
+                self._give_back(self._waiting.pop(message.grant, []))
+            case GiveBack():
+                self._give_back_ahead()
             case Ping():
                 self._supervisor.send(Pong())
             case Retire():
                 self._retiring = True
+                self._give_back_ahead()
             case _:
                 pass  # about a job that has ended meanwhile
 
@@ -226,82 +315,139 @@ class Worker:
     # -- claiming -----------------------------------------------------------------------------------------------------
 
     def _claim(self, claim: Claim) -> None:
-        if self._retiring:
-            self._supervisor.send(NothingDue([]))
+        self._asked = False
+        if self._retiring or self._is_long():
+            self._supervisor.send(NothingDue(claim.grant, []))
             return
-        self._claiming = True
-        token = secrets.token_hex(12)
-        sent = clock()
-        deadline = sent + self._settings.lease_seconds - lease_margin(self._settings.lease_seconds)
-        demand = Demand(queues=self._settings.queues, limit_mb=claim.limit_mb)
+        self._claiming += 1
+        lease = self._settings.lease_seconds
+        deadline = clock() + lease - lease_margin(lease)
 
         def claimed(answer: Any) -> None:
-            self._claiming = False
+            self._claiming -= 1
             if isinstance(answer, Exception):
-                self._supervisor.send(NothingDue(self._take_operations(), error=str(answer)))
-            elif answer is None:
-                self._supervisor.send(NothingDue(self._take_operations()))
+                self._supervisor.send(NothingDue(claim.grant, self._take_operations(), error=str(answer)))
+            elif not answer:
+                self._supervisor.send(NothingDue(claim.grant, self._take_operations()))
             else:
-                self._take_up(Attempt(answer, token, deadline, counts=Counts.from_document(answer)), claim)
+                self._take_up([self._attempt(document, claim, deadline) for document in answer], claim)
 
-        self._thread.submit(lambda: self._claim_or_find(token, demand), claimed)
+        self._thread.submit(lambda: self._claim_or_find(claim), claimed)
 
-    def _claim_or_find(self, token: str, demand: Demand) -> dict[str, Any] | None:
+    def _attempt(self, document: dict[str, Any], claim: Claim, deadline: float) -> Attempt:
+        ahead = document["lock"].get("ahead") is True
+        return Attempt(document, claim.grant, deadline, Counts.from_document(document), ahead)
+
+    def _claim_or_find(self, claim: Claim) -> list[dict[str, Any]]:
         """A claim whose answer was lost may have been applied: it is looked up before anything else is claimed."""
         lease = self._settings.lease_seconds
+        demand = Demand(queues=self._settings.queues, limit_mb=claim.limit_mb)
+        token = secrets.token_hex(12)
         try:
-            return self._store.claim(self._owner, token, demand, lease)
+            if claim.count > 1:
+                found = self._store.claim_ahead(self._owner, token, demand, lease, claim.count)
+                if found:
+                    return found
+            document = self._store.claim(self._owner, token, demand, lease)
+            return [] if document is None else [document]
         except StoreUnavailable as error:
-            if cannot_be_locked(error):
+            if is_refusal(error):
                 self._store.refuse_unclaimable(demand, f"document: MongoDB cannot lock it: {error.__cause__}"[:500])
-                return None
-            with contextlib.suppress(StoreUnavailable):
-                return self._store.claimed_with(token)
-            raise
+                return []
+            held = self._store.held_by(self._owner.worker)
+            return [document for document in held if document["lock"]["token"].startswith(token)]
 
-    def _take_up(self, attempt: Attempt, claim: Claim) -> None:
-        document = attempt.document
-        try:
-            attempt.spec = JobSpec.from_document(document)
-            check_working_directory(attempt.spec.cwd)
-            attempt.script = resolve_script(attempt.spec.python_path, self._settings.roots, attempt.spec.cwd)
-        except InvalidJob as error:
-            self._announce(attempt, memory_mb=0, waits=False)
-            self._record(attempt, Outcome(reason=Reason.INVALID_JOB, error=str(error)), [])
-            self._supervisor.send(Released(attempt.token))
-            return
-        waits = attempt.spec.required_memory > claim.sure_mb
-        self._announce(attempt, memory_mb=attempt.spec.required_memory, waits=waits)
-        if waits:
-            self._waiting = attempt
+    def _take_up(self, attempts: list[Attempt], claim: Claim) -> None:
+        valid = [attempt for attempt in attempts if self._examine(attempt)]
+        waits = any(attempt.spec.required_memory > claim.sure_mb for attempt in valid if attempt.spec)
+        self._open[claim.grant] = len(valid)
+        jobs = [_claimed_job(attempt) for attempt in attempts]
+        self._supervisor.send(Claimed(claim.grant, jobs, waits, self._take_operations()))
+        if not valid:
+            self._supervisor.send(Released(claim.grant))
+        elif waits:
+            self._waiting[claim.grant] = valid
         else:
-            self._start(attempt)
+            self._admit(valid)
 
-    def _announce(self, attempt: Attempt, *, memory_mb: int, waits: bool) -> None:
-        document = attempt.document
-        queue = document.get("queue")
-        self._supervisor.send(
-            Claimed(
-                token=attempt.token,
-                job_id=attempt.job_id,
-                attempt=attempt.number,
-                queue=queue if isinstance(queue, str) else "default",
-                memory_mb=memory_mb,
-                wait_seconds=_waited(document),
-                waits=waits,
-                operations=self._take_operations(),
-            )
-        )
+    def _examine(self, attempt: Attempt) -> bool:
+        """Whether the job can be run; if not, it has failed."""
+        try:
+            attempt.spec = spec = JobSpec.from_document(attempt.document)
+            check_working_directory(spec.cwd)
+            attempt.script = resolve_script(spec.python_path, self._settings.roots, spec.cwd)
+        except InvalidJob as error:
+            self._record(attempt, Outcome(reason=Reason.INVALID_JOB, error=str(error)), [], [])
+            return False
+        return True
 
-    def _give_back(self, attempt: Attempt) -> None:
-        move = transitions.give_back(attempt.document["_id"], attempt.token)
-        self._unfinished += 1
+    def _admit(self, attempts: list[Attempt]) -> None:
+        self._ahead.extend(attempts)
+        if self._retiring or self._is_long():
+            self._give_back_ahead()
+        self._start_next()
+
+    def _start_next(self) -> None:
+        if self._current is None and self._ahead:
+            self._start(self._ahead.popleft())
+        if self._current is not None and not self._asked and self._pace.is_short and len(self._ahead) <= LOW_WATER:
+            self._asked = True
+            self._supervisor.send(Hungry(self._pace.mean_seconds))
+
+    def _is_long(self) -> bool:
+        """Whether the job that runs now is a long one: nothing may wait behind it."""
+        return self._current is not None and self._timers.patience == NEVER
+
+    def _lose_patience(self) -> None:
+        """The job that runs takes its time: what was claimed to run after it goes back, and its attempt counts."""
+        self._timers.patience = NEVER
+        self._pace.slow_down()
+        self._give_back_ahead()
+        attempt = self._current
+        if attempt is None or not attempt.ahead:
+            return
+        move = transitions.confirm(attempt.key, attempt.token)
+        attempt.counts = dataclasses.replace(attempt.counts, attempts=attempt.number)
+        attempt.ahead = False
+        self._submit_move(move, "confirm", attempt)
+
+    def _submit_move(self, move: Move, operation: str, attempt: Attempt) -> None:
+        """A write that may fail: what it says will be said again when the job ends."""
+        self._writing += 1
+
+        def done(answer: Any) -> None:
+            self._writing -= 1
+            if isinstance(answer, Exception):
+                self._log.warning(f"{operation}_failed", job_id=attempt.job_id, error=answer)
+
+        self._thread.submit(lambda: self._store.apply(move, operation), done)
+
+    def _give_back_ahead(self) -> None:
+        attempts, self._ahead = list(self._ahead), deque()
+        self._give_back(attempts)
+
+    def _give_back(self, attempts: list[Attempt]) -> None:
+        if not attempts:
+            return
+        moves = [transitions.give_back(attempt.key, attempt.token) for attempt in attempts]
+        self._writing += 1
 
         def given(answer: Any) -> None:
-            self._unfinished -= 1
-            self._supervisor.send(Released(attempt.token))
+            self._writing -= 1
+            if isinstance(answer, Exception):  # their leases end: somebody takes them back
+                self._log.warning("give_back_failed", count=len(attempts), error=answer)
+            self._supervisor.send(Finished([], [attempt.token for attempt in attempts], self._take_operations()))
+            for attempt in attempts:
+                self._close_grant(attempt.grant)
 
-        self._thread.submit(lambda: self._store.apply(move, "give_back"), given)
+        self._thread.submit(lambda: self._store.apply_all(moves, "give_back"), given)
+
+    def _close_grant(self, grant: int) -> None:
+        """One job of the grant is over; with the last one the supervisor has its memory back."""
+        self._open[grant] -= 1
+        if self._open[grant] == 0:
+            del self._open[grant]
+            self._supervisor.send(Released(grant))
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -309,7 +455,8 @@ class Worker:
         assert attempt.spec is not None
         spec, settings = attempt.spec, self._settings
         attempt.output = OutputCapture(round(settings.log_limit * MB))
-        self._attempt = attempt
+        self._current = attempt
+        self._timers.patience = self._pace.started()
         write_ends = [self._open_stream("stdout"), self._open_stream("stderr")]
         environment = {
             **spec.env,
@@ -356,10 +503,10 @@ class Worker:
         if not data:
             self._close_stream(descriptor)
             return False
-        if self._attempt is not None and self._attempt.output is not None:
-            self._attempt.output.feed(self._streams[descriptor], data)
-            if self._flush_at is None and not self._flushing:
-                self._flush_at = clock() + FLUSH_SECONDS
+        if self._current is not None and self._current.output is not None:
+            self._current.output.feed(self._streams[descriptor], data)
+            if self._timers.flush == NEVER and not self._timers.flushing:
+                self._timers.flush = clock() + FLUSH_SECONDS
         return True
 
     def _close_stream(self, descriptor: int) -> None:
@@ -369,23 +516,21 @@ class Worker:
 
     def _flush(self) -> None:
         """Sends what a running job has printed: people follow it."""
-        self._flush_at = None
-        attempt = self._attempt
+        self._timers.flush = NEVER
+        attempt = self._current
         if attempt is None or attempt.output is None or not attempt.output.has_news:
             return
         chunks, removed = attempt.output.take(final=False)
-        self._flushing = True
+        self._timers.flushing = True
 
         def flushed(answer: Any) -> None:
-            self._flushing = False
+            self._timers.flushing = False
             if isinstance(answer, Exception):
                 self._log.warning("output_not_stored", job_id=attempt.job_id, error=answer)
-            if self._attempt is not None and self._attempt.output is not None and self._attempt.output.has_news:
-                self._flush_at = clock() + FLUSH_SECONDS
+            if self._current is not None and self._current.output is not None and self._current.output.has_news:
+                self._timers.flush = clock() + FLUSH_SECONDS
 
-        self._thread.submit(
-            lambda: self._outputs.append(attempt.document["_id"], attempt.number, chunks, removed), flushed
-        )
+        self._thread.submit(lambda: self._outputs.append(attempt.key, attempt.number, chunks, removed), flushed)
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -396,7 +541,9 @@ class Worker:
                 pass
             if descriptor in self._streams:
                 self._close_stream(descriptor)
-        self._attempt, self._flush_at = None, None
+        self._current = None
+        self._timers.flush = self._timers.patience = NEVER
+        self._pace.ended()
         attempt.ended = ended
         assert attempt.output is not None
         outcome = outcome_of(
@@ -404,62 +551,83 @@ class Worker:
             ended.exit_code,
             error=ended.error,
             peak_memory_mb=ended.peak_memory_mb,
-            last_words=attempt.output.last_line("stderr"),
+            last_words=attempt.output.last_line("stderr") if ended.exit_code else "",
         )
+        self._start_next()  # before anything is written: the outcome's round trip overlaps with the next job
         chunks, removed = attempt.output.take(final=True)
         self._record(attempt, outcome, chunks, removed)
-        self._supervisor.send(Released(attempt.token))
+        self._close_grant(attempt.grant)
 
-    def _record(self, attempt: Attempt, outcome: Outcome, chunks: list[Chunk], removed: list[int] | None = None) -> None:
+    def _record(self, attempt: Attempt, outcome: Outcome, chunks: list[Chunk], removed: list[int]) -> None:
         verdict = decide(attempt.spec, attempt.counts, outcome)
-        details = _details(attempt.ended)
-        lines = _story(attempt, outcome, verdict)
-        move = transitions.finish(attempt.document["_id"], attempt.token, outcome, verdict, details, lines)
-        self._unfinished += 1
+        move = transitions.finish(
+            attempt.key,
+            attempt.token,
+            outcome,
+            verdict,
+            attempt=attempt.number,
+            details=_details(attempt),
+            lines=_story(attempt, outcome, verdict),
+        )
+        self._results.append(Result(attempt, outcome, verdict, move, chunks, removed))
+        if self._ahead and len(self._results) < RESULTS_TOGETHER:
+            self._timers.results = min(self._timers.results, clock() + RESULTS_WAIT_SECONDS)
+        else:
+            self._write_results()
 
-        def write() -> tuple[bool, bool]:
-            """Returns whether the job was still ours, and whether the outcome waits on disk."""
-            if chunks or removed:
-                try:
-                    self._outputs.append(attempt.document["_id"], attempt.number, chunks, removed or ())
-                except StoreUnavailable as error:
-                    self._log.warning("output_not_stored", job_id=attempt.job_id, error=error)
-            try:
-                return self._store.finish(attempt.document["_id"], attempt.token, move), False
-            except StoreUnavailable as error:
-                self._log.warning("result_spooled", job_id=attempt.job_id, attempt=attempt.number, error=error)
-                self._spool.put(attempt.token, spooled_move(move, attempt, chunks))
-                return True, True
+    def _write_results(self) -> None:
+        self._timers.results = NEVER
+        results, self._results = self._results, []
+        if not results:
+            return
+        self._writing += 1
 
         def written(answer: Any) -> None:
-            self._unfinished -= 1
+            self._writing -= 1
             if isinstance(answer, Exception):
-                self._log.error("result_not_kept", job_id=attempt.job_id, attempt=attempt.number, error=answer)
-                answer = (False, False)
-            held, spooled = answer
-            self._supervisor.send(self._finished(attempt, outcome, verdict, held=held, spooled=spooled))
+                self._log.error("results_not_kept", jobs=len(results), error=answer)
+                answer = [(False, False)] * len(results)
+            finished = [
+                _finished_job(result, held=held, spooled=spooled)
+                for result, (held, spooled) in zip(results, answer, strict=True)
+            ]
+            self._supervisor.send(Finished(finished, [], self._take_operations()))
 
-        self._thread.submit(write, written)
+        self._thread.submit(lambda: self._write(results), written)
 
-    def _finished(
-        self, attempt: Attempt, outcome: Outcome, verdict: Verdict, *, held: bool, spooled: bool
-    ) -> Finished:
-        ended = attempt.ended
-        return Finished(
-            token=attempt.token,
-            job_id=attempt.job_id,
-            attempt=attempt.number,
-            status=verdict.status.value,
-            reason=outcome.reason.value if outcome.reason else None,
-            error=outcome.error,
-            exit_code=outcome.exit_code,
-            duration_seconds=ended.duration_seconds if ended else 0.0,
-            peak_memory_mb=outcome.peak_memory_mb,
-            kill_delay_seconds=ended.kill_delay_seconds if ended else None,
-            held=held,
-            spooled=spooled,
-            operations=self._take_operations(),
-        )
+    def _write(self, results: list[Result]) -> list[tuple[bool, bool]]:
+        """Returns for each whether the job was still ours, and whether its outcome waits on disk."""
+        try:
+            self._outputs.append_all(
+                [(result.attempt.key, result.attempt.number, result.chunks) for result in results]
+            )
+            for result in results:
+                if result.removed:
+                    self._outputs.append(result.attempt.key, result.attempt.number, [], result.removed)
+        except StoreUnavailable as error:
+            self._log.warning("output_not_stored", jobs=len(results), error=error)
+        try:
+            held = self._store.apply_all([result.move for result in results], "finish")
+            return [(each, False) for each in held]
+        except StoreUnavailable as error:
+            return [self._write_alone(result, error) for result in results]
+
+    def _write_alone(self, result: Result, error: StoreUnavailable) -> tuple[bool, bool]:
+        attempt = result.attempt
+        if is_refusal(error):
+            self._log.error("result_refused", job_id=attempt.job_id, attempt=attempt.number, error=error)
+            bare = transitions.finish_bare(attempt.key, attempt.token, result.outcome, result.verdict)
+            return self._store.apply(bare, "finish"), False
+        self._log.warning("result_spooled", job_id=attempt.job_id, attempt=attempt.number, error=error)
+        while True:
+            try:
+                self._spool.put(attempt.token, _spooled(result))
+                return True, True
+            except OSError as problem:
+                self._log.error("spool_failed", job_id=attempt.job_id, error=problem)
+                time.sleep(1.0)  # neither the disk nor MongoDB takes it: one of them will
+                with contextlib.suppress(StoreUnavailable):
+                    return self._store.apply(result.move, "finish"), False
 
 
 def _waited(document: Mapping[str, Any]) -> float:
@@ -471,7 +639,38 @@ def _waited(document: Mapping[str, Any]) -> float:
         return 0.0
 
 
-def _details(ended: Ended | None) -> dict[str, Any]:
+def _claimed_job(attempt: Attempt) -> ClaimedJob:
+    queue = attempt.document.get("queue")
+    return ClaimedJob(
+        token=attempt.token,
+        job_id=attempt.job_id,
+        attempt=attempt.number,
+        queue=queue if isinstance(queue, str) else "default",
+        memory_mb=attempt.spec.required_memory if attempt.spec else 0,
+        wait_seconds=_waited(attempt.document),
+    )
+
+
+def _finished_job(result: Result, *, held: bool, spooled: bool) -> FinishedJob:
+    attempt, outcome, ended = result.attempt, result.outcome, result.attempt.ended
+    return FinishedJob(
+        token=attempt.token,
+        job_id=attempt.job_id,
+        attempt=attempt.number,
+        status=result.verdict.status.value,
+        reason=outcome.reason.value if outcome.reason else None,
+        error=outcome.error,
+        exit_code=outcome.exit_code,
+        duration_seconds=ended.duration_seconds if ended else 0.0,
+        peak_memory_mb=outcome.peak_memory_mb,
+        kill_delay_seconds=ended.kill_delay_seconds if ended else None,
+        held=held,
+        spooled=spooled,
+    )
+
+
+def _details(attempt: Attempt) -> dict[str, Any]:
+    ended = attempt.ended
     if ended is None:
         return {}
     details: dict[str, Any] = {"duration_seconds": round(ended.duration_seconds, 3)}
@@ -482,40 +681,26 @@ def _details(ended: Ended | None) -> dict[str, Any]:
 
 def _story(attempt: Attempt, outcome: Outcome, verdict: Verdict) -> list[str]:
     """The lines of the job's log about this attempt: how it ended, what it printed."""
-    lines: list[str] = []
     ended = attempt.ended
-    if ended is not None:
-        lines += ended.story
-        facts = [f"after {ended.duration_seconds:.2f} s"]
-        if outcome.exit_code is not None:
-            facts.append(f"exit code {outcome.exit_code}")
-        if outcome.peak_memory_mb is not None:
-            facts.append(f"peak memory {outcome.peak_memory_mb} MB")
-        if ended.leftovers:
-            facts.append(f"ended {ended.leftovers} processes that it had left running")
-        lines.append(f"{verdict.note} ({', '.join(facts)})")
-    else:
-        lines.append(verdict.note)
-    if attempt.output is not None:
-        lines += attempt.output.blocks()
-    return lines
+    if ended is None:
+        return [verdict.note]
+    facts = [f"after {ended.duration_seconds:.2f} s"]
+    if outcome.exit_code is not None:
+        facts.append(f"exit code {outcome.exit_code}")
+    if outcome.peak_memory_mb is not None:
+        facts.append(f"peak memory {outcome.peak_memory_mb} MB")
+    if ended.leftovers:
+        facts.append(f"ended {ended.leftovers} processes that it had left running")
+    blocks = attempt.output.blocks() if attempt.output is not None else []
+    return [*ended.story, f"{verdict.note} ({', '.join(facts)})", *blocks]
 
 
-def spooled_move(move: transitions.Move, attempt: Attempt, chunks: list[Chunk]) -> dict[str, Any]:
-    """The record of an outcome that waits on disk. The id travels with the token: it need not be JSON."""
-    update = [dict(stage) for stage in move.update]
+def _spooled(result: Result) -> dict[str, Any]:
+    """The record of an outcome that waits on disk. Its job is found by the token: ids need not be JSON."""
     return {
-        "token": attempt.token,
-        "job_id": attempt.job_id,
-        "attempt": attempt.number,
-        "update": update,
-        "chunks": [
-            {**dataclasses.asdict(chunk), "data": chunk.data.decode("latin-1")} for chunk in chunks[-256:]
-        ],
+        "token": result.attempt.token,
+        "job_id": result.attempt.job_id,
+        "attempt": result.attempt.number,
+        "update": result.move.update,
+        "chunks": [{**dataclasses.asdict(chunk), "data": chunk.data.decode("latin-1")} for chunk in result.chunks],
     }
-
-
-def ignore_terminal_signals() -> None:
-    """Signals are the supervisor's business: Ctrl-C reaches the whole foreground group."""
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_IGN)

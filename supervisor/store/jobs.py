@@ -14,7 +14,7 @@ from typing import Any
 
 from bson import ObjectId
 from bson.errors import InvalidDocument, InvalidId
-from pymongo import MongoClient, ReturnDocument
+from pymongo import MongoClient, ReturnDocument, UpdateOne
 from pymongo.collection import Collection
 from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError
 
@@ -28,6 +28,8 @@ Document = dict[str, Any]
 Observe = Callable[[str, float, bool], None]
 
 _TOO_LARGE_CODES = {10334, 17419, 17420}
+_IDS_WITH_TEXT = (ObjectId, str, int)
+_TRACES = {"status": True, "attempts": True, "lock.token": True}
 
 
 def ignore(operation: str, seconds: float, succeeded: bool) -> None:
@@ -127,6 +129,36 @@ class JobStore:
                 return_document=ReturnDocument.AFTER,
             )
 
+    def claim_ahead(
+        self, owner: Owner, token: str, demand: Demand, lease_seconds: float, count: int
+    ) -> list[Document]:
+        """Locks up to `count` due jobs, in the order of running; another claimer may take some of them first."""
+        index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
+        with self.operation("claim"):
+            cursor = self.collection.find(
+                transitions.due(demand), {"_id": True}, sort=schema.CLAIM_SORT, hint=index, limit=count
+            )
+            order = [document["_id"] for document in cursor]
+            ids = [job_id for job_id in order if isinstance(job_id, _IDS_WITH_TEXT)]
+            if not ids or len(ids) < len(order):
+                return []  # an id that has no text form: such jobs are claimed one by one
+            pending = {"_id": {"$in": ids}, "status": Status.PENDING.value}
+            self.collection.update_many(pending, transitions.claim_update(owner, token, lease_seconds, ahead=True))
+            locked = self.held_of(ids, owner.worker)
+        place = {job_id: position for position, job_id in enumerate(ids)}
+        return sorted(locked, key=lambda document: place[document["_id"]])
+
+    def held_of(self, ids: Sequence[Any], worker: str) -> list[Document]:
+        """Those of the jobs that this worker holds."""
+        condition = {"_id": {"$in": list(ids)}, "status": Status.RUNNING.value, "lock.worker": worker}
+        return list(self.collection.find(condition))
+
+    def held_by(self, worker: str) -> list[Document]:
+        """Every job that this worker holds: asked after a claim whose answer was lost."""
+        with self.operation("find_claim"):
+            condition = {"status": Status.RUNNING.value, "lock.worker": worker}
+            return list(self.collection.find(condition, hint=schema.LEASE_INDEX))
+
     def claimed_with(self, token: str) -> Document | None:
         """The job that a claim with this token took, if it did: asked after a claim whose answer was lost."""
         with self.operation("find_claim"):
@@ -158,9 +190,23 @@ class JobStore:
         with self.operation(operation):
             return self.collection.update_one(move.filter, move.update).matched_count == 1
 
-    def finish(self, job_id: Any, token: str, move: Move) -> bool:
-        """Writes an outcome. A write whose answer was lost may have been applied: `held` by nobody is then ours."""
-        return self.apply(move, "finish")
+    def apply_all(self, moves: Sequence[Move], operation: str) -> list[bool]:
+        """Makes moves of different jobs in one round trip; whether each one's condition held."""
+        if len(moves) == 1:
+            return [self.apply(moves[0], operation)]
+        with self.operation(operation):
+            try:
+                result = self.collection.bulk_write(
+                    [UpdateOne(move.filter, move.update) for move in moves], ordered=False
+                )
+            except BulkWriteError:  # a document that cannot take its outcome: the others have theirs
+                result = None
+            if result is not None and result.matched_count == len(moves):
+                return [True] * len(moves)
+            # Somebody lost a job: look whose filter would have held, by what is there now.
+            ids = [move.filter["_id"] for move in moves]
+            found = {row["_id"]: row for row in self.collection.find({"_id": {"$in": ids}}, _TRACES)}
+        return [_was_applied(move, found.get(move.filter["_id"])) for move in moves]
 
     # -- people -------------------------------------------------------------------------------------------------------
 
@@ -245,7 +291,15 @@ class JobStore:
         return len(ids)
 
 
-def cannot_be_locked(error: StoreUnavailable) -> bool:
-    """Whether a claim failed because of the document at the head of the queue, not because MongoDB is away."""
+def _was_applied(move: Move, document: Document | None) -> bool:
+    """Whether a document looks as this outcome leaves it: finished by the same attempt, held by nobody."""
+    if document is None:
+        return False
+    attempt = next((stage["$set"].get("attempts") for stage in move.update if "$set" in stage), None)
+    return document.get("lock") is None and document.get("attempts") == attempt
+
+
+def is_refusal(error: StoreUnavailable) -> bool:
+    """Whether MongoDB is there and refuses this very write: it will refuse it again."""
     cause = error.__cause__
     return isinstance(cause, OperationFailure) and not is_passing(cause) and cause.code not in (13, 18)

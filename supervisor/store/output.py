@@ -30,6 +30,13 @@ class OutputStore:
 
     def append(self, job_id: Any, attempt: int, chunks: Sequence[Chunk], removed: Sequence[int] = ()) -> None:
         """Stores chunks of an attempt, and removes those (by `seq`) that fell out of what is kept."""
+        self.append_all([(job_id, attempt, chunks)])
+        if removed:
+            with self._jobs.operation("output"):
+                self._collection.delete_many({"job_id": job_id, "attempt": attempt, "seq": {"$in": list(removed)}})
+
+    def append_all(self, attempts: Sequence[tuple[Any, int, Sequence[Chunk]]]) -> None:
+        """Stores chunks of several attempts (job id, attempt, chunks) in one round trip."""
         at = datetime.now(UTC)
         writes = [
             InsertOne(
@@ -43,17 +50,17 @@ class OutputStore:
                     "data": Binary(chunk.data),
                 }
             )
+            for job_id, attempt, chunks in attempts
             for chunk in chunks
         ]
+        if not writes:
+            return
         with self._jobs.operation("output"):
-            if writes:
-                try:
-                    self._collection.bulk_write(writes, ordered=False)
-                except BulkWriteError as error:
-                    if any(problem["code"] != DUPLICATE_KEY for problem in error.details["writeErrors"]):
-                        raise
-            if removed:
-                self._collection.delete_many({"job_id": job_id, "attempt": attempt, "seq": {"$in": list(removed)}})
+            try:
+                self._collection.bulk_write(writes, ordered=False)
+            except BulkWriteError as error:
+                if any(problem["code"] != DUPLICATE_KEY for problem in error.details["writeErrors"]):
+                    raise
 
     def read(self, job_id: Any, attempt: int, *, after_seq: int = -1) -> Iterator[Chunk]:
         """The kept chunks of an attempt behind `after_seq`, in the order of their arrival."""

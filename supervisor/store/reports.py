@@ -163,7 +163,7 @@ class Reports:
         condition = chosen.condition()
         with self._jobs.operation("list"):
             if "status" not in condition:  # every status there is: the index on status and date serves this, too
-                condition["status"] = {"$in": self._collection.distinct("status")}
+                condition["status"] = {"$in": [*self._collection.distinct("status"), None]}
             cursor = self._collection.find(condition, {"logs": False, "env": False})
             return list(cursor.sort("created_at", DESCENDING).skip(skip).limit(limit))
 

@@ -114,29 +114,30 @@ def due(demand: Demand) -> Document:
     return condition
 
 
-def claim_update(owner: Owner, token: str, lease_seconds: float) -> Pipeline:
+def claim_update(owner: Owner, token: str, lease_seconds: float, *, ahead: bool = False) -> Pipeline:
+    """Locks a job. One that is claimed `ahead` of others has not started yet: its attempt is counted when it does,
+    and its token ends in its id, so that the jobs of one statement have tokens of their own."""
     lock = {
         "supervisor_id": literal(owner.supervisor_id),
         "host": literal(owner.host),
         "worker_pid": owner.worker_pid,
         "worker": literal(owner.worker),
-        "token": literal(token),
+        "token": {"$concat": [literal(f"{token}-"), {"$toString": "$_id"}]} if ahead else literal(token),
         "locked_at": "$$NOW",
         "expires_at": {"$add": ["$$NOW", round(lease_seconds * 1000)]},
     }
-    return [
-        {
-            "$set": {
-                "status": Status.RUNNING.value,
-                "attempts": add_one("attempts"),
-                "started_at": "$$NOW",
-                "updated_at": "$$NOW",
-                "lock": {"$mergeObjects": [lock]},  # an expression: replaces what was there instead of merging
-                "logs": with_entries([f"picked up by worker {owner.worker_pid} on {owner.host}"]),
-            }
-        },
-        {"$unset": "cancel_requested"},
-    ]
+    if ahead:
+        lock["ahead"] = True
+    fields: Document = {
+        "status": Status.RUNNING.value,
+        "started_at": "$$NOW",
+        "updated_at": "$$NOW",
+        "lock": {"$mergeObjects": [lock]},  # an expression: replaces what was there instead of merging
+        "logs": with_entries([f"picked up by worker {owner.worker_pid} on {owner.host}"]),
+    }
+    if not ahead:
+        fields["attempts"] = add_one("attempts")
+    return [{"$set": fields}, {"$unset": "cancel_requested"}]
 
 
 # -- running → anything -----------------------------------------------------------------------------------------------
@@ -159,7 +160,27 @@ def renew(supervisor_id: str, tokens: Sequence[str], lease_seconds: float) -> Mo
     )
 
 
-def finish(job_id: Any, token: str, outcome: Outcome, verdict: Verdict, details: Mapping[str, Any], lines: Sequence[str]) -> Move:  # fmt: skip
+def confirm(job_id: Any, token: str) -> Move:
+    """A job that was claimed ahead has started, and takes its time: its attempt counts, for everyone to see."""
+    return Move(
+        {**held(job_id, token), "lock.ahead": True},
+        [
+            {"$set": {"attempts": add_one("attempts"), "started_at": "$$NOW", "updated_at": "$$NOW"}},
+            {"$unset": "lock.ahead"},
+        ],
+    )
+
+
+def finish(
+    job_id: Any,
+    token: str,
+    outcome: Outcome,
+    verdict: Verdict,
+    *,
+    attempt: int,
+    details: Mapping[str, Any],
+    lines: Sequence[str],
+) -> Move:
     """What became of an attempt: the fields of its outcome, the counters, and the last lines of its log."""
     fields: Document = {
         "status": verdict.status.value,
@@ -168,7 +189,8 @@ def finish(job_id: Any, token: str, outcome: Outcome, verdict: Verdict, details:
         "exit_code": literal(outcome.exit_code),
         "reason": literal(outcome.reason.value if outcome.reason else None),
         "error": literal(outcome.error),
-        "logs": with_entries_after_cut(lines),
+        "attempts": attempt,
+        "logs": with_entries_after_cut(lines) if attempt > 1 else with_entries(lines),
     }
     fields |= {name: literal(value) for name, value in details.items()}
     if outcome.peak_memory_mb is not None:
@@ -182,6 +204,18 @@ def finish(job_id: Any, token: str, outcome: Outcome, verdict: Verdict, details:
     return Move(held(job_id, token), [*_finished(fields), {"$unset": _REMOVED_WITH_THE_LOCK}])
 
 
+def finish_bare(job_id: Any, token: str, outcome: Outcome, verdict: Verdict) -> Move:
+    """The outcome alone, for a document that is too large to take more."""
+    fields: Document = {
+        "status": verdict.status.value,
+        "exit_code": literal(outcome.exit_code),
+        "reason": literal(outcome.reason.value if outcome.reason else None),
+        "error": literal((outcome.error or "")[:200]),
+        "finished_at": "$$NOW",
+    }
+    return Move(held(job_id, token), [{"$set": fields}, {"$unset": _REMOVED_WITH_THE_LOCK}])
+
+
 def _finished(fields: Document) -> Pipeline:
     """A job that goes back to pending although someone asked to cancel it is cancelled instead."""
     if fields["status"] != Status.PENDING.value:
@@ -193,7 +227,7 @@ def _finished(fields: Document) -> Pipeline:
 
 
 def give_back(job_id: Any, token: str) -> Move:
-    """A claimed job that was never started returns; `attempts` never goes down, so the claim stays counted."""
+    """A claimed job that was never started returns. `attempts` never goes down: a claim that was counted stays so."""
     return Move(
         held(job_id, token),
         [
@@ -201,7 +235,7 @@ def give_back(job_id: Any, token: str) -> Move:
                 "$set": {
                     "status": Status.PENDING.value,
                     "updated_at": "$$NOW",
-                    "logs": with_entries(["handed back: there is no room for it on this host now"]),
+                    "logs": with_entries(["handed back before it was started"]),
                 }
             },
             {"$unset": ["lock"]},
@@ -210,8 +244,13 @@ def give_back(job_id: Any, token: str) -> Move:
 
 
 def lose(condition: Document, why: str) -> Move:
-    """An attempt that a crash took: back to pending, or failed when that has happened too often."""
-    losses = add_one("losses")
+    """An attempt that a crash took: back to pending, or failed when that has happened too often.
+
+    What was claimed ahead may not have started: it is no proof against the job, and counts as an attempt only.
+    """
+    ahead = {"$eq": ["$lock.ahead", True]}
+    losses = {"$add": [number("losses"), {"$cond": [ahead, 0, 1]}]}
+    attempts = {"$add": [number("attempts"), {"$cond": [ahead, 1, 0]}]}
     too_often = {"$gte": ["$losses", MAX_LOSSES]}
     asked = {"$eq": ["$cancel_requested", True]}
     cases = [{"case": asked, "then": Status.CANCELLED.value}, {"case": too_often, "then": Status.FAILED.value}]
@@ -219,7 +258,7 @@ def lose(condition: Document, why: str) -> Move:
     return Move(
         condition,
         [
-            {"$set": {"losses": losses}},
+            {"$set": {"losses": losses, "attempts": attempts}},
             {
                 "$set": {
                     "status": {"$switch": {"branches": cases, "default": Status.PENDING.value}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -11,14 +12,17 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from pymongo.collection import Collection
 
 from supervisor import JobManager
+from supervisor.store.jobs import possible_ids
 from tests.support.waiting import wait_until
 
 Document = dict[str, Any]
@@ -130,6 +134,16 @@ class RunningSupervisor:
                     return float(sample.value)
         return 0.0
 
+    def wait_idle(self, workers: int, timeout: float = 30) -> None:
+        """Until so many workers are up, nothing runs, and it says that it is ready."""
+        wait_until(
+            lambda: self.metric("workers", state="idle") == workers
+            and self.metric("workers", state="busy") + self.metric("workers", state="starting") == 0
+            and self.is_ready(),
+            timeout=timeout,
+            what=lambda: f"{workers} idle workers:\n{self.log()[-3000:]}",
+        )
+
     # -- its processes
 
     def tree(self) -> list[psutil.Process]:
@@ -151,6 +165,9 @@ class RunningSupervisor:
 
     def keeper(self) -> int:
         return self._reported_by_pool("keeper_pid")
+
+    def everything(self) -> list[psutil.Process]:
+        return [psutil.Process(self.pid), *self.tree()]
 
     def _report(self) -> list[dict[str, str]]:
         """SIGUSR1 writes the state of the pool to the log."""
@@ -188,12 +205,137 @@ class RunningSupervisor:
         return json.loads(self.command(*arguments, "--json").stdout)
 
 
+NO_OP = "pass"
+GATED = """
+import os, sys, time
+
+def note(kind):
+    os.write(record, f"{kind} {os.environ['JOB_ATTEMPT']} {os.getpid()} {time.clock_gettime(time.CLOCK_BOOTTIME)}\\n".encode())
+
+path = sys.argv[1]
+record = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+note("main")
+print("begun", flush=True)
+while not os.path.exists(path + ".open"):
+    time.sleep(0.01)
+    note("beat")
+"""
+FAMILY = """
+import os, sys, time
+
+def note(kind):
+    os.write(record, f"{kind} {os.environ['JOB_ATTEMPT']} {os.getpid()} 0\\n".encode())
+
+path = sys.argv[1]
+record = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+if os.fork() == 0:
+    if os.fork() == 0:
+        note("grandchild")
+        time.sleep(3600)
+    note("child")
+    time.sleep(3600)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        note("daemon")
+        program = "import time; time.sleep(3600)"
+        os.execve(sys.executable, [sys.executable, "-c", program], {} if "--hide" in sys.argv else os.environ)
+    os._exit(0)
+note("main")
+while not os.path.exists(path + ".open"):
+    time.sleep(0.01)
+"""
+"""Its child, grandchild and daemon (with `--hide` one without an environment) outlive it."""
+
+
+class GatedJob:
+    """A job that goes on until it is let go, and what it wrote down meanwhile."""
+
+    def __init__(self, jobs: Jobs, path: Path, **fields: Any) -> None:
+        self.jobs = jobs
+        self.path = path
+        source, arguments = fields.pop("source", GATED), fields.pop("arguments", [])
+        self.script = jobs.script(source, f"{path.name}.py")
+        self.id = jobs.submit(self.script, path, *arguments, **fields)
+
+    def notes(self, kind: str, attempt: int) -> list[tuple[int, float]]:
+        """PID and time of each note of that kind."""
+        try:
+            lines = [line.split() for line in self.path.read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+        return [(int(line[2]), float(line[3])) for line in lines if line[:2] == [kind, str(attempt)]]
+
+    def wait_started(self, attempt: int = 1, timeout: float = 30) -> int:
+        """The PID of its main process."""
+        wait_until(
+            lambda: self.notes("main", attempt),
+            timeout=timeout,
+            what=lambda: f"attempt {attempt} to start: {self.jobs.get(self.id)}",
+        )
+        return self.notes("main", attempt)[0][0]
+
+    def wait_family(self, attempt: int = 1) -> list[psutil.Process]:
+        """Every process of an attempt with the source `FAMILY`."""
+        kinds = ("main", "child", "grandchild", "daemon")
+        wait_until(lambda: all(self.notes(kind, attempt) for kind in kinds), what="the family to be complete")
+        return [psutil.Process(self.notes(kind, attempt)[0][0]) for kind in kinds]
+
+    def let_go(self) -> None:
+        Path(f"{self.path}.open").touch()
+
+    def finish(self, *statuses: str, timeout: float = 60) -> Document:
+        self.let_go()
+        return self.jobs.wait(self.id, *statuses, timeout=timeout)
+
+    def get(self) -> Document:
+        return self.jobs.get(self.id)
+
+
 class Jobs:
     """Jobs of one test: scripts are written, submitted and waited for."""
 
     def __init__(self, directory: Path, manager: JobManager) -> None:
         self.directory = directory
         self.manager = manager
+        self._numbers = itertools.count(1)
+
+    @property
+    def collection(self) -> Collection[Document]:
+        """The collection itself: for programs that know nothing of us."""
+        return self.manager.jobs.collection
+
+    def gated(self, **fields: Any) -> GatedJob:
+        """A job that runs until it is let go."""
+        return GatedJob(self, self.directory / f"gated-{next(self._numbers)}", **fields)
+
+    def family(self, *, hide: bool = False, **fields: Any) -> GatedJob:
+        """A gated job with a child, a grandchild and a daemon."""
+        return self.gated(source=FAMILY, arguments=["--hide"] if hide else [], **fields)
+
+    def run(self, source: str, *arguments: object, **fields: Any) -> Document:
+        """Runs a script to its end."""
+        script = self.script(source, f"script-{next(self._numbers)}.py")
+        return self.wait(self.submit(script, *arguments, **fields))
+
+    def insert(self, **fields: Any) -> Any:
+        """Inserts a document as a program does that only knows the driver; `...` leaves a field out."""
+        now = datetime.now(UTC)
+        document = {
+            "request_name": "foreign",
+            "status": "pending",
+            "created_at": now,
+            "updated_at": now,
+            "scheduled_date": now,
+            "python_path": str(self.directory / "no_op.py"),
+            "python_args": [],
+            "required_memory": 128,
+            "logs": [],
+            **fields,
+        }
+        (self.directory / "no_op.py").write_text(NO_OP)
+        kept = {name: value for name, value in document.items() if value is not ...}
+        return self.collection.insert_one(kept).inserted_id
 
     def script(self, source: str, name: str = "job.py") -> Path:
         path = self.directory / name
@@ -205,13 +347,15 @@ class Jobs:
         return self.manager.create_job(name, str(script), [str(argument) for argument in arguments], **fields)
 
     def get(self, job_id: Any) -> Document:
-        return self.manager.get_job(job_id)
+        document = self.collection.find_one({"_id": {"$in": possible_ids(job_id)}})
+        assert document is not None, f"there is no job {job_id}"
+        return document
 
     def wait(self, job_id: Any, *statuses: str, timeout: float = 60) -> Document:
         """The document, once its status is one of these (without any: a final one)."""
         wanted = statuses or ("completed", "failed", "cancelled")
         wait_until(
-            lambda: self.get(job_id)["status"] in wanted,
+            lambda: self.get(job_id).get("status") in wanted,
             timeout=timeout,
             what=lambda: f"job {job_id} to be {' or '.join(wanted)}, it is {self.get(job_id)}",
         )
@@ -251,6 +395,25 @@ def end(supervisor: RunningSupervisor) -> None:
         lambda: not [process for process in tree if is_alive(process)],
         timeout=20,
         what=lambda: f"no process to be left: {[process for process in tree if is_alive(process)]}",
+    )
+
+
+def kill_at_once(processes: Iterable[psutil.Process]) -> None:
+    """kill -9 of all of them at the same moment: none sees another one's end."""
+    chosen = list(processes)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in chosen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def wait_gone(processes: Iterable[psutil.Process], within: float = 2.0) -> None:
+    """Fails when one of them still lives after so many seconds."""
+    chosen = list(processes)
+    wait_until(
+        lambda: not any(map(is_alive, chosen)),
+        timeout=within,
+        what=lambda: f"the end of {[process for process in chosen if is_alive(process)]}",
     )
 
 

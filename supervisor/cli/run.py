@@ -1,0 +1,225 @@
+"""`python -m supervisor run`: builds the supervisor from its settings. The one place that knows everybody."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from supervisor import execution
+from supervisor.cli.doctor import conflicting_distribution
+from supervisor.errors import ConfigurationError, SupervisorError
+from supervisor.events import configure_logging, logger
+from supervisor.execution.orphans import MARKER, end_orphans, marker
+from supervisor.keeper import Keeper
+from supervisor.leases import LeaseKeeper
+from supervisor.messages import Channel
+from supervisor.metrics import Metrics
+from supervisor.pool import Child
+from supervisor.settings import (
+    PREFIX,
+    Settings,
+    check_for_supervising,
+    load_settings,
+    masked,
+    unknown_settings,
+)
+from supervisor.spool import Spool
+from supervisor.store.client import connect
+from supervisor.store.embedded import EmbeddedMongo
+from supervisor.store.jobs import JobStore, Observe
+from supervisor.store.output import OutputStore
+from supervisor.store.supervisors import Identity, SupervisorStore
+from supervisor.store.transitions import Owner
+from supervisor.supervisor import Supervisor
+from supervisor.web.server import WebServer, listen
+from supervisor.worker import Worker, lease_margin
+
+WITHHELD = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+"""What systemd tells the supervisor is none of a job's business."""
+
+
+def run(settings: Settings) -> int:
+    """Supervises until a signal ends it; returns the exit code."""
+    check_for_supervising(settings)
+    conflict = conflicting_distribution()
+    if conflict is not None:
+        raise SupervisorError(conflict)
+    configure_logging(settings.log_format, settings.log_level)
+    for name in unknown_settings():
+        logger("settings").warning("unknown_setting", name=name, msg="ignored: there is no such setting")
+    return Host(settings).run()
+
+
+class Host:
+    """Everything that the processes of one supervisor share: built before the first fork, changed by a reload."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._log = logger("supervisor")
+        self._http = listen(settings.metrics_host, settings.metrics_port)
+        self._embedded: EmbeddedMongo | None = None
+        self._uri = settings.mongo_uri
+        self._pid = os.getpid()
+        self._host = socket.gethostname()
+        self._supervisor_id = f"{self._host}-{self._pid}-{secrets.token_hex(4)}"
+        self._identity = Identity.of_process(self._supervisor_id, self._host, self._pid)
+
+    def run(self) -> int:
+        ended = end_orphans()
+        if ended:
+            self._log.warning("orphans_ended", count=ended, msg="processes of a supervisor that was killed")
+        with contextlib.ExitStack() as cleanup:
+            if not self._uri:
+                self._use_embedded(cleanup)
+            else:
+                connect(self._uri, app="check").close()  # a wrong connection string stops the start
+                self._log.info("mongodb", uri=masked(self._uri))
+            return Supervisor(
+                self.settings,
+                run_worker=self.run_worker,
+                run_keeper=self.run_keeper,
+                start_warm=self.start_warm,
+                reload=self.reload,
+                spared=self.spared,
+                keeper_descriptors=self._keeper_descriptors(),
+            ).run()
+
+    def _use_embedded(self, cleanup: contextlib.ExitStack) -> None:
+        self._embedded = EmbeddedMongo(self.settings.data_dir)
+        self._embedded.start()
+        cleanup.callback(self._embedded.stop)
+        self._uri = self._embedded.uri
+        self._log.info(
+            "embedded_mongodb",
+            data_dir=str(self.settings.data_dir),
+            msg="using the embedded MongoDB; set SUPERVISOR_MONGO_URI to use another",
+        )
+
+    # -- what the forked processes run --------------------------------------------------------------------------------
+
+    def run_worker(self, serial: int, supervisor: Channel, runner: Channel) -> int:
+        self._forget_inherited()
+        owner = Owner(
+            supervisor_id=self._supervisor_id,
+            host=self._host,
+            worker_pid=os.getpid(),
+            worker=f"{self._supervisor_id}/{serial}",
+        )
+        worker = Worker(
+            supervisor,
+            runner,
+            owner=owner,
+            settings=self.settings,
+            open_store=lambda observe: self._open_store("worker", observe, selection_timeout_seconds=5.0),
+            spool=self._spool(),
+        )
+        return worker.run()
+
+    def run_keeper(self, supervisor: Channel) -> int:
+        metrics = Metrics(
+            version=_version(),
+            host=self._host,
+            supervisor_pid=self._pid,
+            queues=self.settings.queues or ("default",),
+        )
+        jobs = self._open_store("keeper", metrics.observe_operation, selection_timeout_seconds=5.0)
+        supervisors = SupervisorStore(jobs)
+        leases = LeaseKeeper(
+            jobs,
+            OutputStore(jobs),
+            supervisors,
+            self._spool(),
+            identity=self._identity,
+            lease_seconds=self.settings.lease_seconds,
+            margin_seconds=lease_margin(self.settings.lease_seconds),
+        )
+        keeper = Keeper(
+            supervisor,
+            settings=self.settings,
+            identity=self._identity,
+            jobs=jobs,
+            supervisors=supervisors,
+            leases=leases,
+            metrics=metrics,
+            revive_store=self._embedded.revive if self._embedded else lambda: None,
+        )
+        if self._http is not None:
+            WebServer(self._http, metrics.registry, keeper.health, keeper.readiness).start()
+        return keeper.run()
+
+    def start_warm(self, settings: Settings) -> Child:
+        """Its arguments end in padding: a job writes its own command line over them, for `ps`."""
+        ours, theirs = Channel.pair()
+        program = [sys.executable, str(Path(execution.__file__).with_name("warm.py"))]
+        process = subprocess.Popen(
+            [*program, str(theirs.fileno()), json.dumps(settings.preload), "[]", " " * 1024],
+            pass_fds=(theirs.fileno(),),
+            env=self._environment_of_jobs(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the supervisor alone
+        )
+        theirs.close()
+        process.returncode = 0  # the supervisor reaps all its children itself
+        return Child("warm interpreter", process.pid, ours)
+
+    def _open_store(self, app: str, observe: Observe, *, selection_timeout_seconds: float) -> JobStore:
+        client = connect(self._uri, app=app, selection_timeout_seconds=selection_timeout_seconds)
+        settings = self.settings
+        return JobStore(client, settings.mongo_db, settings.mongo_collection, uri=self._uri, observe=observe)
+
+    def _spool(self) -> Spool:
+        return Spool(self.settings.data_dir.resolve() / "results")
+
+    def _environment_of_jobs(self) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(PREFIX) and name not in WITHHELD and name != MARKER
+        }
+        return {**kept, MARKER: marker(self._pid)}
+
+    def _keeper_descriptors(self) -> list[int]:
+        return [self._http.fileno()] if self._http is not None else []
+
+    def _forget_inherited(self) -> None:
+        if self._http is not None:
+            self._http.detach()  # closed already; its number may be somebody else's by now
+
+    def spared(self) -> list[int]:
+        """Processes that come to the supervisor when their parent ends, and are none of its jobs'."""
+        pid = self._embedded.guardian_pid if self._embedded is not None else None
+        return [pid] if pid is not None else []
+
+    # -- reload -------------------------------------------------------------------------------------------------------
+
+    def reload(self) -> Settings:
+        """The settings as they are now; raises `ConfigurationError`, and changes nothing, when one is wrong."""
+        fresh = load_settings()
+        check_for_supervising(fresh)
+        if fresh.mongo_uri != self.settings.mongo_uri or fresh.data_dir != self.settings.data_dir:
+            raise ConfigurationError(
+                "cannot change while the supervisor runs: restart it", setting="MONGO_URI"
+            )
+        if (fresh.metrics_host, fresh.metrics_port) != (
+            self.settings.metrics_host,
+            self.settings.metrics_port,
+        ):
+            raise ConfigurationError(
+                "cannot change while the supervisor runs: restart it", setting="METRICS_PORT"
+            )
+        configure_logging(fresh.log_format, fresh.log_level)
+        self.settings = fresh
+        return fresh
+
+
+def _version() -> str:
+    from supervisor import __version__
+
+    return __version__

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Sets up everything and checks everything: the direction of imports, lint, types, and all tests on a real MongoDB.
+#   sh tests/run.sh                  all of it
+#   sh tests/run.sh tests/unit -x    only these tests (arguments go to pytest)
+set -eu
+cd "$(dirname "$0")/.."
+. deploy/environment.sh
+make_environment .venv-tests '.[embedded,dev]'
+bin=$(pwd)/.venv-tests/bin
+if [ $# -eq 0 ]; then
+    "$bin/ruff" check .
+    "$bin/ruff" format --check .
+    "$bin/mypy"
+    "$bin/lint-imports" --no-logo 2>/dev/null || "$bin/lint-imports"
+fi
+exec "$bin/python" -m pytest "$@"
