@@ -24,7 +24,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from supervisor.messages import Beat, Claimed, Finished
+from supervisor.messages import Beat, ClaimedJob, FinishedJob
 from supervisor.states import Reason, Status
 
 PREFIX = "supervisor_"
@@ -265,11 +265,11 @@ class Metrics:
         for name, seconds, succeeded in beat.operations:
             self.observe_operation(name, seconds, succeeded)
 
-    def _record_claimed(self, claimed: Claimed) -> None:
+    def _record_claimed(self, claimed: ClaimedJob) -> None:
         self._counters["jobs_claimed_total"].labels(self._queues.fold(claimed.queue)).inc()
         self._histograms["job_wait_seconds"].observe(max(0.0, claimed.wait_seconds))
 
-    def _record_finished(self, finished: Finished) -> None:
+    def _record_finished(self, finished: FinishedJob) -> None:
         reason = finished.reason or ""
         if not finished.held:
             self._counters["jobs_disowned_total"].inc()

@@ -12,12 +12,12 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from supervisor.messages import Beat, Claimed, Finished
+from supervisor.messages import Beat, ClaimedJob, FinishedJob
 from supervisor.metrics import INSTRUMENTS, MAX_QUEUES, OTHER, PREFIX, Metrics, QueueState
 
 BEAT = Beat("running", 0, 0, 0, 0, 0, 0, [], [], [], [], [], [])
-CLAIMED = Claimed("t", "id", 1, "default", 64, 0.2, False, [])
-FINISHED = Finished("t", "id", 1, "completed", None, None, 0, 2.0, 30, None, True, False, [])
+CLAIMED = ClaimedJob("t", "id", 1, "default", 64, 0.2)
+FINISHED = FinishedJob("t", "id", 1, "completed", None, None, 0, 2.0, 30, None, True, False)
 
 CONTRACT = {
     "info": {"version", "python", "host"},
