@@ -1,0 +1,306 @@
+"""The producer, as a process, on a real MongoDB."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.job import Outcome, Verdict
+from supervisor.manager import JobManager
+from supervisor.output import Chunk
+from supervisor.states import Reason, Status
+from supervisor.store import transitions
+from tests.support.commands import CHECKOUT, Answer, Commands
+
+
+@pytest.fixture
+def manager(mongo_uri: str, db_name: str) -> Iterator[JobManager]:
+    with JobManager(mongo_uri, db_name) as jobs:
+        yield jobs
+
+
+@pytest.fixture
+def producer(mongo_uri: str, db_name: str, tmp_path: Path) -> Commands:
+    (tmp_path / "job.py").touch()
+    return Commands(mongo_uri, db_name, tmp_path)
+
+
+def all_jobs(manager: JobManager) -> list[dict[str, Any]]:
+    return list(manager.jobs.collection.find().sort("_id", 1))
+
+
+def run_next(manager: JobManager, outcome: Outcome, status: Status, output: bytes = b"") -> None:
+    """Runs the next job, as a worker would."""
+    document = manager.find_and_lock_job()
+    assert document is not None
+    key, token = document["_id"], document["lock"]["token"]
+    manager.output.append(key, document["attempts"], [Chunk(0, "stdout", 0, output)] if output else [])
+    assert manager.jobs.finish(key, token, transitions.finish(key, token, outcome, Verdict(status=status), {}, []))
+
+
+# -- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_inserts_three_jobs(producer: Commands, manager: JobManager) -> None:
+    before = datetime.now(UTC)
+    answer = producer.producer("demo")
+    assert (answer.code, answer.err) == (0, "")
+    now, later, perhaps = all_jobs(manager)
+    assert answer.out.split() == [str(job["_id"]) for job in (now, later, perhaps)]
+    assert timedelta(seconds=58) < later["scheduled_date"] - before < timedelta(seconds=90)
+    assert now["scheduled_date"] - before < timedelta(seconds=30)
+    assert {job["python_path"] for job in (now, later, perhaps)} == {str(CHECKOUT / "tasks" / "sample_task.py")}
+    assert "--fail-rate" in now["python_args"]
+    assert "--fail-rate" not in perhaps["python_args"]
+
+
+def test_demo_prefers_the_tasks_of_the_working_directory(producer: Commands, manager: JobManager) -> None:
+    (producer.directory / "tasks").mkdir()
+    own = shutil.copy(CHECKOUT / "tasks" / "sample_task.py", producer.directory / "tasks")
+    answer = producer.producer("demo", "--delay", "1s", "--seconds", "0.1", "--json")
+    assert [document["request_name"] for document in answer.documents] == [
+        "immediate sample", "scheduled sample", "sample that may fail",
+    ]  # fmt: skip
+    jobs = all_jobs(manager)
+    assert {job["python_path"] for job in jobs} == {str(own)}
+    assert all(job["python_args"][-2:] == ["--seconds", "0.1"] for job in jobs)
+
+
+# -- submit -----------------------------------------------------------------------------------------------------------
+
+
+def submitted(manager: JobManager, answer: Answer) -> dict[str, Any]:
+    assert answer.code == 0, answer.err
+    assert answer.out.count("\n") == 1
+    return manager.get_job(answer.out.strip())
+
+
+def test_submit_prints_only_the_id(producer: Commands, manager: JobManager) -> None:
+    answer = producer.producer("submit", "job.py")
+    job = submitted(manager, answer)
+    assert answer.err == ""
+    assert job["python_path"] == str(producer.directory / "job.py")
+    assert (job["request_name"], job["python_args"], job["required_memory"]) == ("job.py", [], 128)
+    assert (job["status"], job["queue"], job["priority"]) == ("pending", "default", 0)
+
+
+def test_submit_takes_every_field(producer: Commands, manager: JobManager) -> None:
+    options = [
+        "--name", "a report", "--memory", "64", "--at", "2031-02-03T04:05:06", "--queue", "slow", "--priority", "-5",
+        "--timeout", "2m", "--max-attempts", "3", "--retry-delay", "10", "--unique-key", "one", "--env", "A=b=c",
+        "--env", "EMPTY=", "--cwd", ".", "--tag", "red", "--tag", "blue", "--start-method", "exec",
+        "--memory-warning", "--memory-growth", "1.5", "--max-memory", "256",
+    ]  # fmt: skip
+    job = submitted(manager, producer.producer("submit", *options, "job.py", "arg"))
+    expected = {
+        "request_name": "a report", "python_args": ["arg"], "required_memory": 64, "queue": "slow", "priority": -5,
+        "scheduled_date": datetime(2031, 2, 3, 4, 5, 6, tzinfo=UTC), "timeout": 120.0, "max_attempts": 3,
+        "retry_delay": 10.0, "unique_key": "one", "env": {"A": "b=c", "EMPTY": ""}, "cwd": str(producer.directory),
+        "tags": ["red", "blue"], "start_method": "exec", "memory_warning": True, "memory_growth": 1.5,
+        "max_memory": 256,
+    }  # fmt: skip
+    assert {name: job[name] for name in expected} == expected
+
+
+def test_submit_in_a_while(producer: Commands, manager: JobManager) -> None:
+    before = datetime.now(UTC)
+    job = submitted(manager, producer.producer("submit", "--in", "1h30m", "job.py"))
+    assert timedelta(minutes=89) < job["scheduled_date"] - before < timedelta(minutes=91)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--name", "not ours"], ["--json"], ["-x", "--help"], ["--", "a"], ["a", "--", "-b"], ["", "ä b"],
+        ["--memory=1"],
+    ],
+)  # fmt: skip
+def test_submit_passes_arguments_on_as_they_are(producer: Commands, manager: JobManager, arguments: list[str]) -> None:
+    job = submitted(manager, producer.producer("submit", "--queue", "q", "job.py", *arguments))
+    assert job["python_args"] == arguments
+    assert job["request_name"] == "job.py"
+
+
+def test_submit_takes_a_script_that_looks_like_an_option(producer: Commands, manager: JobManager) -> None:
+    (producer.directory / "-job.py").touch()
+    job = submitted(manager, producer.producer("submit", "--tag", "t", "--", "-job.py", "-x"))
+    assert (job["python_path"], job["python_args"]) == (str(producer.directory / "-job.py"), ["-x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "SCRIPT"),
+        (["--bogus", "job.py"], "--bogus"),
+        (["--memory", "-1", "job.py"], "--memory"),
+        (["--memory", "lots", "job.py"], "--memory"),
+        (["--priority", "high", "job.py"], "--priority"),
+        (["--timeout", "0", "job.py"], "timeout"),
+        (["--at", "tomorrow", "job.py"], "--at"),
+        (["--in", "5 parsecs", "job.py"], "--in"),
+        (["--in", "5s", "--at", "2030-01-01", "job.py"], "--in"),
+        (["--env", "NOVALUE", "job.py"], "--env"),
+        (["--start-method", "cold", "job.py"], "--start-method"),
+        (["--memory-growth", "0.5", "job.py"], "memory_growth"),
+        (["--priority", "99999999999999999999", "job.py"], "priority"),
+        ([""], "SCRIPT"),
+        (["--"], "SCRIPT"),
+    ],
+)
+def test_submit_names_the_option_that_is_wrong(
+    producer: Commands, manager: JobManager, arguments: list[str], words: str
+) -> None:
+    answer = producer.producer("submit", *arguments)
+    assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+    assert answer.err.startswith("error: ")
+    assert words in answer.err
+    assert all_jobs(manager) == []
+
+
+def test_submit_refuses_a_key_that_is_taken(producer: Commands, manager: JobManager) -> None:
+    first = submitted(manager, producer.producer("submit", "--unique-key", "one", "job.py"))
+    answer = producer.producer("submit", "--unique-key", "one", "job.py")
+    assert (answer.code, answer.out) == (1, "")
+    assert str(first["_id"]) in answer.err
+
+
+def test_submit_warns_of_a_script_that_is_not_there(producer: Commands, manager: JobManager) -> None:
+    answer = producer.producer("submit", "elsewhere.py")
+    submitted(manager, answer)
+    assert answer.err == f"warning: there is no file {producer.directory / 'elsewhere.py'} on this host\n"
+
+
+def test_submit_takes_the_memory_that_earlier_runs_recommend(producer: Commands, manager: JobManager) -> None:
+    first = producer.producer("submit", "--memory", "auto", "job.py")
+    assert submitted(manager, first)["required_memory"] == 128
+    assert "128 MB (default: no finished run" in first.err
+    for _ in range(5):
+        manager.create_job("job", str(producer.directory / "job.py"), required_memory=512)
+        run_next(manager, Outcome(exit_code=0, peak_memory_mb=100), Status.COMPLETED)
+    run_next(manager, Outcome(exit_code=0, peak_memory_mb=100), Status.COMPLETED)
+    answer = producer.producer("submit", "--memory", "auto", "job.py")
+    assert submitted(manager, answer)["required_memory"] == 128
+    assert "128 MB (6 runs used 100 MB at most" in answer.err
+    document = producer.producer("submit", "--memory", "auto", "--json", "job.py").document
+    assert document["required_memory"] == 128
+    assert "6 runs used 100 MB" in document["required_memory_source"]
+
+
+def test_submit_waits_for_success(producer: Commands, manager: JobManager) -> None:
+    process = producer.start("submit", "--wait", "job.py", module="supervisor.producer")
+    assert process.stdout is not None
+    job_id = process.stdout.readline().decode().strip()
+    lines = b"".join(b"line %d\n" % number for number in range(30))
+    run_next(manager, Outcome(exit_code=0), Status.COMPLETED, lines)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert out.startswith(b"line 10\nline 11\n")
+    assert out.splitlines()[-1].startswith(b"completed after ")
+    assert manager.get_job(job_id)["status"] == "completed"
+
+
+def test_submit_waits_for_failure(producer: Commands, manager: JobManager) -> None:
+    process = producer.start("submit", "--wait", "--json", "job.py", module="supervisor.producer")
+    assert process.stdout is not None
+    created = json.loads(process.stdout.readline())
+    failure = Outcome(exit_code=3, reason=Reason.EXIT_CODE, error="exited with code 3")
+    run_next(manager, failure, Status.FAILED, b"output\n")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, b"")
+    ended = json.loads(out)
+    assert (ended["id"], ended["status"], ended["exit_code"]) == (created["id"], "failed", 3)
+
+
+# -- import -----------------------------------------------------------------------------------------------------------
+
+
+def write(producer: Commands, name: str, *lines: dict[str, Any] | str) -> None:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (producer.directory / name).write_text("\n".join(texts) + "\n")
+
+
+def test_imports_json_lines(producer: Commands, manager: JobManager) -> None:
+    lines = [{"python_path": "job.py", "request_name": f"job {n}", "python_args": [str(n)]} for n in range(2500)]
+    write(producer, "jobs.jsonl", *lines)
+    answer = producer.producer("import", "jobs.jsonl")
+    assert (answer.code, answer.out, answer.err) == (0, "2,500 jobs inserted, 0 refused\n", "")
+    jobs = all_jobs(manager)
+    assert [job["request_name"] for job in jobs] == [f"job {n}" for n in range(2500)]
+    assert {job["python_path"] for job in jobs} == {str(producer.directory / "job.py")}
+    assert {job["status"] for job in jobs} == {"pending"}
+
+
+def test_imports_csv_from_standard_input(producer: Commands, manager: JobManager) -> None:
+    data = b"python_path,python_args,required_memory\njob.py,--a 1,64\n/t/b.py,,\n"
+    answer = producer.producer("import", "-", "--format", "csv", "--json", stdin=data)
+    assert answer.code == 0
+    assert answer.document == {"inserted": 2, "refused": 0, "errors": []}
+    a, b = all_jobs(manager)
+    assert (a["python_args"], a["required_memory"]) == (["--a", "1"], 64)
+    assert (b["python_path"], b["required_memory"]) == ("/t/b.py", 128)
+
+
+BAD = [
+    {"python_path": "a.py"},
+    "{",
+    {"python_path": "b.py", "required_memory": "lots"},
+    {"python_path": "c.py", "colour": "red"},
+    {"python_path": "d.py", "self": 1},
+    {"python_path": "e.py", "python_args": ["\u0000"]},
+    {"python_path": "f.py"},
+]
+
+
+def test_names_every_line_that_is_wrong(producer: Commands, manager: JobManager) -> None:
+    write(producer, "jobs.jsonl", *BAD)
+    answer = producer.producer("import", "jobs.jsonl")
+    assert (answer.code, answer.out) == (1, "2 jobs inserted, 5 refused\n")
+    lines = answer.err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["jobs.jsonl:2", "document"],
+        ["jobs.jsonl:3", "required_memory"],
+        ["jobs.jsonl:4", "colour"],
+        ["jobs.jsonl:5", "self"],
+        ["jobs.jsonl:6", "python_args.0"],
+    ]
+    assert [job["request_name"] for job in all_jobs(manager)] == ["a.py", "f.py"]
+
+
+@pytest.mark.parametrize("name", ["jobs.jsonl", "-"])
+def test_strict_inserts_nothing_if_a_line_is_wrong(producer: Commands, manager: JobManager, name: str) -> None:
+    write(producer, "jobs.jsonl", *BAD)
+    data = (producer.directory / "jobs.jsonl").read_bytes() if name == "-" else b""
+    answer = producer.producer("import", name, "--strict", stdin=data)
+    assert (answer.code, answer.out) == (1, "0 jobs inserted, 5 refused: nothing was inserted (--strict)\n")
+    assert all_jobs(manager) == []
+    write(producer, "jobs.jsonl", BAD[0], BAD[-1])
+    data = (producer.directory / "jobs.jsonl").read_bytes() if name == "-" else b""
+    assert producer.producer("import", name, "--strict", stdin=data).code == 0
+    assert len(all_jobs(manager)) == 2
+
+
+def test_names_the_line_whose_unique_key_is_taken(producer: Commands, manager: JobManager) -> None:
+    holder = manager.create_job("holder", "/t/a.py", unique_key="a")
+    keys = ["b", "a", "c", "b", "d"]
+    write(producer, "jobs.jsonl", *({"python_path": "x.py", "unique_key": key} for key in keys))
+    answer = producer.producer("import", "jobs.jsonl")
+    assert (answer.code, answer.out) == (1, "3 jobs inserted, 2 refused\n")
+    second, fourth = sorted(answer.err.splitlines())
+    assert second == f"jobs.jsonl:2: unique_key: 'a' is taken by a pending or running job (job {holder})"
+    assert fourth.startswith("jobs.jsonl:4: unique_key: 'b' is taken")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["nothing.csv"], "No such file"), (["."], "."), (["jobs.txt"], "--format"), ([], "FILE")],
+)
+def test_import_says_what_is_wrong_with_its_use(producer: Commands, arguments: list[str], words: str) -> None:
+    answer = producer.producer("import", *arguments)
+    assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+    assert words in answer.err
