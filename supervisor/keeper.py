@@ -394,6 +394,7 @@ class Keeper:
                 "reserved_mb": beat.reserved_mb,
                 "used_mb": beat.used_mb,
                 "problems": beat.problems,
+                "paused": beat.paused,
                 "jobs": [asdict(job) for job in beat.running],
             }
         return facts
@@ -527,4 +528,5 @@ def _picture(beat: Beat | None) -> object:
     """What of a beat people should not see late."""
     if beat is None:
         return None
-    return beat.phase, beat.starting, beat.problems, beat.budget_mb, {job.token for job in beat.running}
+    running = {job.token for job in beat.running}
+    return beat.phase, beat.starting, beat.problems, beat.paused, beat.budget_mb, beat.used_mb, running

@@ -189,6 +189,11 @@ class Run:
     deadline: float
     """On `processes.clock()`: when the lease ends unless it is renewed."""
     memory_warning: bool = False
+    oom_score_adj: int = 0
+    run_as: list[int] | None = None
+    """The user id, then the group ids, the primary group first; None: the supervisor's own."""
+    user_env: dict[str, str] | None = None
+    """What that user's environment adds to the warm interpreter's, under the job's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +301,8 @@ class Beat:
     """Reasons, one for each process that was replaced."""
     problems: list[str]
     """Why the pool is not ready; empty when it is."""
+    paused: str | None = None
+    """Why nothing is claimed although the pool is up."""
     blocked_mb: int = 0
     """Free memory of the budget is this small while something waits for more: look at the head of the queue."""
 

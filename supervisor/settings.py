@@ -7,9 +7,11 @@ Values come from variables with the prefix `SUPERVISOR_`, then from `settings.en
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,11 +48,20 @@ class Settings(BaseSettings):
     )
     preload: Names = Field((), description="Comma-separated modules imported once into the warm interpreter.")
     python: str = Field(sys.executable, min_length=1, description="Interpreter for exec. Default: this one.")
+    run_as: str | None = Field(
+        None, min_length=1, description="User that jobs run as, if the supervisor runs as root. Default: its own user."
+    )
     memory_budget: int | None = Field(
         None, ge=1, description="MB that running jobs may reserve in all. Default: 90 % of what is available."
     )
     memory_check_interval: float = Field(
         0.1, gt=0, le=60, description="Seconds, at most, between two looks at a job's memory; fewer near its limit."
+    )
+    oom_score_adj: int = Field(
+        500, ge=0, le=1000, description="How much the kernel's out-of-memory killer prefers jobs to the supervisor."
+    )
+    memory_pressure: float = Field(
+        5.0, ge=0, lt=100, description="Claiming pauses while less than this share (%) of the host's memory is free."
     )
     lease_seconds: float = Field(
         30.0, ge=1, le=86400, description="A lease that was not renewed for this long is taken back by anyone."
@@ -129,6 +140,35 @@ def check_for_supervising(settings: Settings) -> None:
             raise ConfigurationError(f"{str(root)!r} is not a directory", setting="TASK_ROOTS")
     if not os.path.isfile(settings.python) or not os.access(settings.python, os.X_OK):
         raise ConfigurationError(f"{settings.python!r} is not an executable file", setting="PYTHON")
+    account_of(settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user as a job's process becomes it: the user id, then the group ids, the primary group first."""
+
+    ids: list[int]
+    environment: dict[str, str]
+
+
+def account_of(settings: Settings) -> Account | None:
+    """The user that jobs run as, None: the supervisor's own. Raises `ConfigurationError`.
+
+    Asked before jobs run, never in their processes: a directory of users may be a network away.
+    """
+    if settings.run_as is None:
+        return None
+    try:
+        user = pwd.getpwuid(int(settings.run_as)) if settings.run_as.isdigit() else pwd.getpwnam(settings.run_as)
+    except (KeyError, OverflowError):
+        raise ConfigurationError(f"there is no user {settings.run_as!r}", setting="RUN_AS") from None
+    if user.pw_uid == os.geteuid():
+        return None
+    if os.geteuid() != 0:
+        raise ConfigurationError("only root may run jobs as another user", setting="RUN_AS")
+    others = [group for group in os.getgrouplist(user.pw_name, user.pw_gid) if group != user.pw_gid]
+    environment = {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    return Account([user.pw_uid, user.pw_gid, *others], environment)
 
 
 def unknown_settings() -> list[str]:

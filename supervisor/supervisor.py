@@ -19,7 +19,7 @@ from enum import IntEnum
 from supervisor.errors import ConfigurationError
 from supervisor.events import Logger, logger
 from supervisor.memory.budget import Budget
-from supervisor.memory.host import default_budget_mb
+from supervisor.memory.host import default_budget_mb, pressure
 from supervisor.messages import (
     Admit,
     Beat,
@@ -504,6 +504,7 @@ class Supervisor:
             self._news = News()  # without a keeper nobody counts
         if since >= TICK_SECONDS:
             self._look_after_children(now)
+            self._look_after_host()
             self._tell_systemd(beat)
 
     def _look_after_children(self, now: float) -> None:
@@ -515,6 +516,19 @@ class Supervisor:
                 child.pinged_at = now
         if self._pool.strays():
             self._sweep_at = now
+
+    def _look_after_host(self) -> None:
+        """Other programs use memory too: while it is short, nothing more is claimed."""
+        why = pressure(self._settings.memory_pressure)
+        if why is not None and self._budget.paused is None:
+            self._log.warning("claiming_paused", msg=why)
+            self._budget.pause(why)
+        elif why is None and self._budget.paused is not None:
+            self._log.info("claiming_resumed")
+            self._budget.resume()
+            self._look_at_queue()
+        elif why is not None:
+            self._budget.pause(why)
 
     def _beat(self) -> Beat:
         states = [slot.state for slot in self._pool.slots.values()]
@@ -546,6 +560,7 @@ class Supervisor:
             operations=self._news.operations,
             restarts=self._pool.restarts,
             problems=self._problems(idle + busy),
+            paused=self._budget.paused,
             blocked_mb=max(1, free) if self._budget.reserved else 0,
         )
 

@@ -53,7 +53,7 @@ from supervisor.messages import (
 )
 from supervisor.output import Chunk, OutputCapture
 from supervisor.processes import clock
-from supervisor.settings import Settings
+from supervisor.settings import Settings, account_of
 from supervisor.spool import Spool
 from supervisor.states import Ending, Reason
 from supervisor.store import transitions
@@ -225,6 +225,7 @@ class Worker:
         self._runner = runner
         self._owner = owner
         self._settings = settings
+        self._account = account_of(settings)
         self._spool = spool
         self._log = log or logger("worker")
         self._operations: list[Operation] = []
@@ -480,6 +481,9 @@ class Worker:
                     timeout_seconds=spec.timeout or settings.default_timeout,
                     deadline=attempt.deadline,
                     memory_warning=spec.memory_warning,
+                    oom_score_adj=settings.oom_score_adj,
+                    run_as=self._account.ids if self._account else None,
+                    user_env=self._account.environment if self._account else None,
                 ),
                 write_ends,
             )

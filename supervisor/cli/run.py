@@ -158,7 +158,7 @@ class Host:
         ours, theirs = Channel.pair()
         program = [sys.executable, str(Path(execution.__file__).with_name("warm.py"))]
         process = subprocess.Popen(
-            [*program, str(theirs.fileno()), json.dumps(settings.preload), "[]", " " * 1024],
+            [*program, str(theirs.fileno()), self._warm_orders(settings), "[]", " " * 1024],
             pass_fds=(theirs.fileno(),),
             env=self._environment_of_jobs(),
             stdin=subprocess.DEVNULL,
@@ -168,6 +168,9 @@ class Host:
         theirs.close()
         process.returncode = 0  # the supervisor reaps all its children itself
         return Child("warm interpreter", process.pid, ours)
+
+    def _warm_orders(self, settings: Settings) -> str:
+        return json.dumps({"preload": settings.preload, "oom_score_adj": min(100, settings.oom_score_adj // 2)})
 
     def _open_store(self, app: str, observe: Observe, *, selection_timeout_seconds: float) -> JobStore:
         client = connect(self._uri, app=app, selection_timeout_seconds=selection_timeout_seconds)

@@ -17,17 +17,34 @@ import json
 import os
 import select
 import signal
+import time
 from dataclasses import dataclass, field, replace
+
+import psutil
 
 from supervisor.execution import child
 from supervisor.execution.child import Launch
 from supervisor.memory.monitor import MemoryMonitor, Overrun
 from supervisor.messages import Channel, ChannelClosed, Ended, Extend, Message, Ping, Pong, Run, Stop, Usage
-from supervisor.processes import become_subreaper, clock, kill_descendants, reap, signal_descendants
+from supervisor.processes import (
+    become_subreaper,
+    clock,
+    collect,
+    descendants,
+    kill_descendants,
+    has_pending_signal,
+    process_stat,
+    set_oom_score_adj,
+    signal_descendants,
+)
 from supervisor.states import Ending
 
 MB = 1_048_576
 USAGE_INTERVAL_SECONDS = 1.0
+FIRST_LOOK_SECONDS = 0.01
+WARN_SHARE = 0.9
+TRACEBACK_SECONDS = 0.005
+"""The kill waits no longer for a traceback."""
 START_FAILED_EXIT_CODE = 127
 
 
@@ -48,7 +65,9 @@ class Attempt:
     warm: bool
     pid: int
     started: float
-    monitor: MemoryMonitor
+    first_look: float
+    """Most jobs of a backlog have ended before it, and are never watched."""
+    monitor: MemoryMonitor | None = None
     ending: Ending = Ending.EXITED
     error: str | None = None
     kill_at: float | None = None
@@ -56,11 +75,13 @@ class Attempt:
     kill_delay_seconds: float | None = None
     reported_mb: int = 0
     report_at: float = 0.0
+    warned: bool = False
     story: list[str] = field(default_factory=list)
 
     def next_look(self) -> float:
         """When something is due, on `processes.clock()`."""
-        times = [self.monitor.next_look, self.run.deadline]
+        look = self.monitor.next_look if self.monitor is not None else self.first_look
+        times = [look, self.run.deadline]
         if self.kill_at is not None:
             times.append(self.kill_at)
         elif self.run.timeout_seconds is not None:
@@ -76,6 +97,7 @@ class Runner:
         self._supervisor = supervisor
         self._interpreter = interpreter
         self._attempt: Attempt | None = None
+        self._own_rss: int = psutil.Process().memory_info().rss
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._errors, self._errors_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll = select.poll()
@@ -146,14 +168,15 @@ class Runner:
         launch = Launch(
             path=run.path,
             args=run.args,
-            env={**interpreter.environment, **run.env},
+            env={**interpreter.environment, **(run.user_env or {}), **run.env},
             cwd=run.cwd,
             start_method=run.start_method,
             python=run.python,
+            run_as=run.run_as,
         )
         story = []
         if run.start_method == "warm":
-            reason = self._why_not_warm(launch)
+            reason = self._why_not_warm(launch, run.user_env or {})
             if reason is not None:
                 launch = launch.executed()
                 story.append(f"started by exec, not warm: {reason}")
@@ -164,24 +187,24 @@ class Runner:
             return self._enter(launch, stdout, stderr, runner_pid)
         os.close(stdout)
         os.close(stderr)
-        warm = launch.start_method == "warm"
-        monitor = MemoryMonitor(
-            runner_pid,
-            run.limit_mb * MB,
-            interval=run.check_interval_seconds,
-            clock=clock,
-        )
         self._attempt = Attempt(
-            run=run, warm=warm, pid=pid, started=started, monitor=monitor, report_at=started, story=story
+            run=run,
+            warm=launch.start_method == "warm",
+            pid=pid,
+            started=started,
+            first_look=started + min(FIRST_LOOK_SECONDS, run.check_interval_seconds),
+            report_at=started,
+            story=story,
         )
         return None
 
-    def _why_not_warm(self, launch: Launch) -> str | None:
+    def _why_not_warm(self, launch: Launch, user_env: dict[str, str]) -> str | None:
+        """The user's HOME is no reason: root must not load what that user keeps there."""
         if not self._interpreter.usable:
             return "the warm interpreter is not usable"
         return child.why_not_warm(
             launch,
-            base_env=self._interpreter.environment,
+            base_env={**self._interpreter.environment, **user_env},
             top_level_names=self._interpreter.top_level_modules,
             python=launch.python,
         )
@@ -197,6 +220,8 @@ class Runner:
             return launch
         except BaseException as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+            if isinstance(error, OSError) and error.filename is not None:
+                reason = f"{reason}: {os.fsdecode(error.filename)}"
             with contextlib.suppress(OSError):
                 os.write(self._errors_end, json.dumps(f"could not be started: {reason}").encode())
             os._exit(START_FAILED_EXIT_CODE)
@@ -204,17 +229,14 @@ class Runner:
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def _watch(self, attempt: Attempt) -> None:
-        statuses = reap()
-        if attempt.pid in statuses:
-            self._finish(attempt, statuses[attempt.pid])
+        ended = collect()
+        if attempt.pid in ended.exit_codes:
+            peak = ended.peak_rss_bytes[attempt.pid]
+            self._finish(attempt, ended.exit_codes[attempt.pid], alone=ended.none_left, peak_rss=peak)
             return
         now = clock()
-        if now >= attempt.monitor.next_look:
-            overrun = attempt.monitor.look(now)
-            if overrun is not None:
-                self._exceeded(attempt, overrun, now)
-                return
-            self._report_usage(attempt, now)
+        if self._is_time_to_look(attempt, now) and not self._look(attempt, now):
+            return
         if now >= attempt.run.deadline:
             attempt.error = "stopped: its lease could not be renewed in time"
             self._kill(attempt, Ending.LEASE_ENDED, now)
@@ -225,6 +247,54 @@ class Runner:
             attempt.error = f"ran longer than its timeout of {attempt.run.timeout_seconds:g} s"
             self._stop(attempt, Ending.TIMEOUT, now=False)
 
+    def _is_time_to_look(self, attempt: Attempt, now: float) -> bool:
+        if attempt.monitor is not None:
+            return now >= attempt.monitor.next_look
+        if now < attempt.first_look:
+            return False
+        run = attempt.run
+        attempt.monitor = MemoryMonitor(
+            os.getpid(), run.limit_mb * MB, interval=run.check_interval_seconds, clock=clock
+        )
+        for pid in descendants(os.getpid()):
+            set_oom_score_adj(run.oom_score_adj, pid)  # its children inherit it
+        return True
+
+    def _look(self, attempt: Attempt, now: float) -> bool:
+        """Whether the job may go on."""
+        monitor = attempt.monitor
+        assert monitor is not None
+        overrun = monitor.look(now)
+        if overrun is not None:
+            self._exceeded(attempt, overrun, now)
+            return False
+        if attempt.run.memory_warning and not attempt.warned and monitor.used >= WARN_SHARE * monitor.limit:
+            self._warn(attempt, monitor.used)
+        self._report_usage(attempt, monitor.used, now)
+        return True
+
+    def _warn(self, attempt: Attempt, used: int) -> None:
+        """Once, so that the job can write a checkpoint before it is killed."""
+        attempt.warned = True
+        attempt.story.append(f"used {used // MB} MB of {attempt.run.limit_mb} MB: warned by SIGUSR1, as it asked")
+        self._signal_main(attempt, signal.SIGUSR1)
+
+    def _signal_main(self, attempt: Attempt, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(attempt.pid, number)  # our child, and not reaped: its id is its own
+
+    def _dump_traceback(self, attempt: Attempt) -> None:
+        """Has a warm job write where its threads are to its standard error, and gives it a moment to do so."""
+        ours, theirs = process_stat(os.getpid()), process_stat(attempt.pid)
+        if not attempt.warm or ours is None or theirs is None or theirs.image != ours.image or theirs.ended:
+            return  # another program by now: the signal would end it
+        self._signal_main(attempt, child.TRACEBACK_SIGNAL)
+        attempt.story.append("where its threads were then is at the end of its standard error")
+        give_up = clock() + TRACEBACK_SECONDS
+        while clock() < give_up and has_pending_signal(attempt.pid, child.TRACEBACK_SIGNAL):
+            time.sleep(0.0005)
+        time.sleep(0.001)  # the handler has begun; it needs some 100 µs
+
     def _exceeded(self, attempt: Attempt, overrun: Overrun, now: float) -> None:
         used_mb = max(-(-overrun.used // MB), attempt.run.limit_mb + 1)
         attempt.error = f"used {used_mb} MB of the {attempt.run.limit_mb} MB in required_memory"
@@ -232,6 +302,7 @@ class Runner:
             f"memory: {share.bytes / MB:.0f} MB in process {share.pid} ({share.command})"
             for share in overrun.processes
         ]
+        self._dump_traceback(attempt)
         self._kill(attempt, Ending.MEMORY_EXCEEDED, now)
 
     def _stop(self, attempt: Attempt, ending: Ending, *, now: bool) -> None:
@@ -239,6 +310,8 @@ class Runner:
         if attempt.kill_at is None:
             attempt.ending = ending
             attempt.kill_at = clock() + attempt.run.kill_grace_seconds
+            if ending is Ending.TIMEOUT:
+                self._dump_traceback(attempt)
             signal_descendants(os.getpid(), signal.SIGTERM)
             signal_descendants(os.getpid(), signal.SIGCONT)
         if now:
@@ -249,19 +322,17 @@ class Runner:
         attempt.kill_began = began
         report = kill_descendants(os.getpid())
         attempt.kill_delay_seconds = clock() - began
-        self._finish(attempt, report.statuses.get(attempt.pid))
+        self._finish(attempt, report.statuses.get(attempt.pid), alone=report.complete)
 
-    def _finish(self, attempt: Attempt, exit_code: int | None) -> None:
+    def _finish(self, attempt: Attempt, exit_code: int | None, *, alone: bool, peak_rss: int = 0) -> None:
         """The main process has ended: what it left behind ends with it, and only then the job is over."""
         ended = clock()
-        leftovers = kill_descendants(os.getpid()).killed
+        leftovers = 0 if alone else kill_descendants(os.getpid()).killed
         self._attempt = None
-        attempt.monitor.close()
         if exit_code == START_FAILED_EXIT_CODE:
             error = self._start_error()
             if error is not None:
                 attempt.ending, attempt.error, exit_code = Ending.START_FAILED, error, None
-        peak = attempt.monitor.peak
         self._worker.send(
             Ended(
                 token=attempt.run.token,
@@ -269,13 +340,26 @@ class Runner:
                 exit_code=exit_code,
                 error=attempt.error,
                 duration_seconds=ended - attempt.started,
-                peak_memory_mb=-(-peak // MB) if peak else None,
+                peak_memory_mb=None if exit_code is None else self._peak_mb(attempt, peak_rss),
                 kill_delay_seconds=attempt.kill_delay_seconds,
                 leftovers=leftovers,
                 story=attempt.story,
-                samples=[(round(seconds, 3), used // MB) for seconds, used in attempt.monitor.series()],
+                samples=self._samples(attempt),
             )
         )
+        if attempt.monitor is not None:
+            attempt.monitor.close()
+
+    def _peak_mb(self, attempt: Attempt, peak_rss: int) -> int:
+        """A job that ended before the first look is judged by what the kernel counted beyond what it inherited."""
+        if attempt.monitor is not None and attempt.monitor.peak:
+            return -(-attempt.monitor.peak // MB)
+        return max(1, -(-(peak_rss - self._own_rss) // MB))
+
+    def _samples(self, attempt: Attempt) -> list[tuple[float, int]]:
+        if attempt.monitor is None:
+            return []
+        return [(round(seconds, 3), used // MB) for seconds, used in attempt.monitor.series()]
 
     def _start_error(self) -> str | None:
         with contextlib.suppress(BlockingIOError):
@@ -283,8 +367,8 @@ class Runner:
             return text
         return None
 
-    def _report_usage(self, attempt: Attempt, now: float) -> None:
-        used_mb = -(-attempt.monitor.used // MB)
+    def _report_usage(self, attempt: Attempt, used: int, now: float) -> None:
+        used_mb = -(-used // MB)
         if now >= attempt.report_at and used_mb != attempt.reported_mb:
             attempt.reported_mb, attempt.report_at = used_mb, now + USAGE_INTERVAL_SECONDS
             self._supervisor.send(Usage(attempt.run.token, used_mb))

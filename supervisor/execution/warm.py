@@ -1,6 +1,6 @@
 """The warm interpreter: imports what jobs need once, and forks the runners from which jobs are forked.
 
-Run as a file by the supervisor (`python warm.py DESCRIPTOR PRELOAD REFUSED PADDING`), never imported by it. It knows
+Run as a file by the supervisor (`python warm.py DESCRIPTOR ORDERS REFUSED PADDING`), never imported by it. It knows
 neither MongoDB nor a secret, has no thread, and never runs a job. Preloaded modules are foreign code: one that cannot
 be imported is left out with a sentence; one that starts a thread is refused, because a fork would lose that thread,
 by executing this file again without it. When the supervisor dies the socket closes, and this process ends.
@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+from typing import Any
 
 if __name__ == "__main__":
     # The package is found beside this file; what a job may import from there is the job's own business.
@@ -23,7 +24,7 @@ from supervisor.execution import child
 from supervisor.execution.child import Launch
 from supervisor.execution.runner import Interpreter, Runner
 from supervisor.messages import Channel, ChannelClosed, ForkRunner, Ping, Pong, PreloadChanged, RunnerForked, WarmReady
-from supervisor.processes import reap
+from supervisor.processes import reap, set_oom_score_adj
 
 FILES_INTERVAL_MS = 2000
 
@@ -139,16 +140,18 @@ class WarmInterpreter:
                 return
 
 
-def prepare(descriptor: int, wanted: list[str], refused: list[str]) -> WarmInterpreter:
+def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> WarmInterpreter:
     """Imports, tells the supervisor, and becomes ready to fork."""
     before = set(sys.modules)
+    wanted: list[str] = orders["preload"]
+    set_oom_score_adj(orders["oom_score_adj"])
     supervisor = Channel.from_descriptor(descriptor)
     own_path = sys.path.pop(0)
     imported, threaded, problems = preload([name for name in wanted if name not in refused])
     sys.path.insert(0, own_path)
     if threaded:
         os.set_inheritable(descriptor, True)
-        arguments = [str(descriptor), json.dumps(wanted), json.dumps([*refused, *threaded]), *sys.argv[4:]]
+        arguments = [str(descriptor), json.dumps(orders), json.dumps([*refused, *threaded]), *sys.argv[4:]]
         os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *arguments])
     problems += [f"PRELOAD: {name} starts a thread when imported, which a fork would lose; left out" for name in refused]
     usable = not has_threads_after_fork()

@@ -23,6 +23,15 @@ def default_budget_mb() -> int:
     return max(1, int(available_mb() * DEFAULT_SHARE))
 
 
+def pressure(least_percent: float) -> str | None:
+    """Why nothing more should be started, where less than this share of the host's memory is available."""
+    memory = psutil.virtual_memory()
+    percent = 100 * memory.available / memory.total
+    if percent >= least_percent:
+        return None
+    return f"only {memory.available // MB} MB ({percent:.1f} %) of this host's memory are free"
+
+
 def _group_headroom() -> int | None:
     """Bytes left below the tightest limit of the control groups that this process is in; None: unlimited."""
     rooms = [limit - used for limit, used in _limits() if limit < 1 << 60]

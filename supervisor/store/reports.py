@@ -123,11 +123,6 @@ class Reports:
         later: Document = {"status": Status.PENDING.value, "$expr": {"$gt": ["$scheduled_date", "$$NOW"]}}
         if only:
             later["queue"] = {"$in": [*only, None] if "default" in only else list(only)}
-        stages: list[Document] = [
-            {"$match": later},
-            {"$group": {"_id": None, "next": {"$min": "$scheduled_date"}}},
-            {"$set": {"in": {"$divide": [{"$subtract": ["$next", "$$NOW"]}, 1000]}}},
-        ]
         with self._jobs.operation("next_due"):
             queues = self._collection.distinct("queue", {"status": Status.PENDING.value}) if not only else list(only)
             if not queues:

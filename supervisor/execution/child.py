@@ -1,0 +1,297 @@
+"""What happens in a job's own process before user code runs, and in the warm interpreter to make that cheap.
+
+    runner ──fork──► enter() ──► execute()                 a fresh interpreter, or
+                             ──► run()        the script in the warm interpreter: script.py, ending.py
+
+`prepare_warm` is called once by the warm interpreter before it forks. In the child every touched page is copied, so
+whatever can be known before the fork is known before the fork. When the runner dies, the kernel kills the job's
+process; an error before user code is raised to the caller, which reports it and exits.
+"""
+
+from __future__ import annotations
+
+import _signal
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import itertools
+import os
+import sys
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
+
+from supervisor.execution import ending, script
+from supervisor.execution.eligibility import why_not_warm as why_not_warm
+from supervisor.execution.libraries import Libraries
+from supervisor.execution.seeds import NumpySeed
+from supervisor.execution.title import ProcessTitle
+from supervisor.processes import become_user, die_with_parent
+
+_IGNORED_BY_PYTHON = tuple(
+    getattr(_signal, name) for name in ("SIGPIPE", "SIGXFSZ", "SIGXFZ") if hasattr(_signal, name)
+)
+TRACEBACK_SIGNAL = int(getattr(_signal, "SIGRTMAX", 0)) - 1
+"""Makes a warm job write where its threads are to its standard error; hardly any program uses this signal."""
+_REHEARSAL = b"""import os, sys, time
+class Thing:
+    def method(self, *values): return [value for value in values if value]
+def function(text="a", **options): return f"{text} {options}"
+try:
+    {}["missing"]
+except KeyError as error:
+    print("", end="", file=sys.stdout)
+Thing().method(1, 2.5, None, function(x=1), os.path.join("a", "b"), time.time())
+"""
+_REHEARSALS = 30
+_FORK_HOOKS = (
+    ("threading", "_after_fork"), ("random", "seed"), ("logging", "_after_at_fork_child_reinit_locks"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What one job process executes. `path` is absolute and becomes sys.argv[0]; `env` is complete."""
+
+    path: str
+    args: list[str]
+    env: dict[str, str]
+    cwd: str | None
+    start_method: str
+    python: str
+    run_as: list[int] | None = None
+    """The user id and the group ids, the primary group first; None: those of the runner."""
+
+    def executed(self) -> Launch:
+        """The same, in a fresh interpreter."""
+        return replace(self, start_method="exec")
+
+
+class _Warm:
+    """What `prepare_warm` has found out, for the children."""
+
+    environment: dict[str, str]
+    own_modules: tuple[str, ...] = ()
+    title: ProcessTitle | None = None
+    seed: NumpySeed | None = None
+    libraries: Libraries | None = None
+    kept: list[ModuleType | FrameType]  # what must never be freed in a job: freeing closes descriptors and costs
+
+
+_Warm.kept = []
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+
+
+# -- in the warm interpreter, once ------------------------------------------------------------------------------------
+
+
+def prepare_warm() -> None:
+    """Makes the forks cheap and exact. Called last before forking, when everything to be shared is loaded."""
+    _open_streams_as_on_pipes()
+    _Warm.environment = dict(os.environ)
+    _Warm.own_modules = tuple(name for name in sys.modules if name.partition(".")[0] == "supervisor")
+    _Warm.title = ProcessTitle.of_this_process()
+    _Warm.seed = NumpySeed.of_this_process()
+    _Warm.libraries = Libraries.of_this_process()
+    if TRACEBACK_SIGNAL > 0:
+        faulthandler.register(TRACEBACK_SIGNAL, file=2, all_threads=True)
+    _rehearse()
+    gc.collect()
+    gc.freeze()  # a collection in a child then leaves all shared objects alone
+
+
+def _rehearse() -> None:
+    """Goes often through what every child does, without its effects.
+
+    A function writes into its own code while it becomes warm, and the C library binds a function at its first call:
+    done here, these writes do not copy a page in each child.
+    """
+    modules: dict[str, Any] = sys.modules
+    main = sys.modules["__main__"]
+    interrupt = _signal.getsignal(_signal.SIGINT)
+    for _ in range(_REHEARSALS):
+        for name, hook in _FORK_HOOKS:
+            if name in modules:
+                with contextlib.suppress(AttributeError):  # another version of Python
+                    getattr(modules[name], hook)()
+        _reset_signals(ignored=_IGNORED_BY_PYTHON)
+        _close_all_but((0x7FFF_FFFE,), first=0x7FFF_FFF0)
+        _set_environment(_Warm.environment)
+        if _Warm.title is not None:
+            _Warm.title.set(sys.orig_argv, _Warm.environment)
+        if _Warm.seed is not None:
+            _Warm.seed.renew()
+        _rehearse_script()
+        sys.modules["__main__"] = main
+    _signal.signal(_signal.SIGINT, interrupt)
+
+
+def _rehearse_script() -> None:
+    script.load(os.devnull)
+    main = script.new_main("<rehearsal>")
+    exec(compile(_REHEARSAL, "<rehearsal>", "exec", dont_inherit=True), main.__dict__)
+    ending.rehearse(id(main.__dict__))
+
+
+def _open_streams_as_on_pipes() -> None:
+    """Opens stdout and stderr anew as they are on a pipe: they remember whether what they were opened on can seek."""
+    reader, writer = os.pipe()
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        saved = os.dup(descriptor)
+        os.dup2(writer, descriptor)
+        stream = script.standard_stream(descriptor, name, old.encoding, old.errors)
+        os.dup2(saved, descriptor)
+        os.close(saved)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.close(reader)
+    os.close(writer)
+
+
+# -- in the job's process ---------------------------------------------------------------------------------------------
+
+
+def enter(
+    launch: Launch, stdin_fd: int, stdout_fd: int, stderr_fd: int, *, runner_pid: int, keep: Iterable[int] = ()
+) -> None:
+    """Becomes a process of its own with these standard streams, and nothing else of the runner's but `keep`.
+
+    The umask stays. The descriptors given are above 2. Raises OSError.
+    """
+    _signal.set_wakeup_fd(-1)
+    die_with_parent(runner_pid, _signal.SIGKILL)
+    os.setsid()
+    _reset_signals(ignored=_IGNORED_BY_PYTHON if launch.start_method == "warm" else ())
+    # The callers' objects own descriptors that are closed here: freed later, they would close one of the job's.
+    _Warm.kept.append(sys._getframe())
+    os.dup2(stdin_fd, 0)
+    os.dup2(stdout_fd, 1)
+    os.dup2(stderr_fd, 2)
+    _close_all_but(keep)
+    if launch.run_as is not None:
+        _become_user(launch.run_as, runner_pid)
+    if launch.cwd is not None:
+        os.chdir(launch.cwd)
+
+
+def _become_user(ids: list[int], runner_pid: int) -> None:
+    for descriptor in (1, 2):
+        os.fchown(descriptor, ids[0], ids[1])  # or the job could not open /dev/stdout
+    become_user(ids)
+    die_with_parent(runner_pid, _signal.SIGKILL)
+
+
+def _reset_signals(ignored: Collection[int]) -> None:
+    for number in range(1, _signal.NSIG):
+        handler = _signal.getsignal(number)
+        if number == _signal.SIGINT and ignored:
+            if handler is not _signal.default_int_handler:
+                _signal.signal(number, _signal.default_int_handler)
+        elif number in ignored:
+            if handler != _signal.SIG_IGN:
+                _signal.signal(number, _signal.SIG_IGN)
+        elif handler != _signal.SIG_DFL and handler is not None:
+            _signal.signal(number, _signal.SIG_DFL)
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+
+
+def _close_all_but(keep: Iterable[int], first: int = 3) -> None:
+    for descriptor in sorted(keep):
+        _close_range(first, descriptor - 1)
+        first = descriptor + 1
+    _close_range(first, 0x7FFF_FFFF)
+
+
+def _close_range(first: int, last: int) -> None:
+    if first > last:
+        return
+    close_range = getattr(_libc, "close_range", None)
+    if close_range is not None and close_range(first, last, 0) == 0:
+        return
+    for name in os.listdir("/dev/fd"):  # an old kernel or C library, or not Linux
+        if first <= int(name) <= last:
+            with contextlib.suppress(OSError):  # the listing's own descriptor
+                os.close(int(name))
+
+
+def execute(launch: Launch) -> NoReturn:
+    """Becomes a fresh interpreter that runs the script. Raises OSError."""
+    os.execve(launch.python, [launch.python, launch.path, *launch.args], launch.env)
+
+
+def run(launch: Launch) -> NoReturn:
+    """Runs the script as `python script.py args` would, and ends the process as the interpreter does.
+
+    Source that does not compile, a .pyc or a zip file is executed by a fresh interpreter in this process's place:
+    its message is exact, and nothing has happened yet. Called at the bottom of the stack.
+    """
+    try:
+        code, directory = script.load(launch.path)
+    except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
+        _reset_signals(ignored=())
+        try:
+            execute(launch)
+        except OSError as error:
+            os.write(2, f"{launch.python}: cannot be executed: {error.strerror}\n".encode())
+            os._exit(127)
+    forget_ourselves()
+    _set_environment(launch.env)
+    if _Warm.title is not None:
+        _Warm.title.set([launch.python, launch.path, *launch.args], launch.env)
+    _renew_preloaded_state()
+    sys.argv[:] = [launch.path, *launch.args]
+    sys.orig_argv[:] = [launch.python, launch.path, *launch.args]
+    if sys.flags.safe_path:
+        del sys.path[0]
+    else:
+        sys.path[0] = directory
+    main = script.new_main(launch.path)
+    errors: list[BaseException] = []
+    try:
+        exec(code, main.__dict__)
+    except BaseException as error:
+        errors.append(error)  # reported outside of this block, or it would be the context of what comes then
+    del main, code
+    ending.end(errors, _Warm.libraries)
+
+
+def forget_ourselves() -> None:
+    """A job's own `import supervisor` is its own business. Ours live on, unnamed: freeing them would cost."""
+    for name in _Warm.own_modules:
+        module = sys.modules.pop(name, None)
+        if module is not None:
+            _Warm.kept.append(module)
+
+
+def _set_environment(env: dict[str, str]) -> None:
+    """Makes os.environ and the C library's environment `env`, touching only what differs."""
+    base = _Warm.environment
+    for name, value in env.items():
+        if base.get(name) != value:
+            os.environ[name] = value
+    for name in base:
+        if name not in env:
+            del os.environ[name]
+    if base.get("TZ") != env.get("TZ"):
+        time.tzset()
+
+
+def _renew_preloaded_state() -> None:
+    """What modules remember of their process or draw once, and a fresh interpreter would have anew."""
+    modules: dict[str, Any] = sys.modules
+    if "logging" in modules:
+        logging = modules["logging"]
+        logging._startTime = time.time_ns() if isinstance(logging._startTime, int) else time.time()
+    if "tempfile" in modules:
+        modules["tempfile"].tempdir = None
+    if "multiprocessing.process" in modules:
+        process = modules["multiprocessing.process"]
+        process._current_process = type(process._current_process)()  # draws a new authkey
+        process._process_counter = itertools.count(1)
+        process.ORIGINAL_DIR = os.getcwd()
+    if _Warm.seed is not None:
+        _Warm.seed.renew()
