@@ -14,7 +14,9 @@ What remains different from `python script.py`; `start_method: exec` avoids each
     gc                    gc.get_freeze_count() is not 0; gc.get_objects() does not list what was preloaded
     finalization          sys.is_finalizing() stays false: threads and forks started in atexit handlers work in
                           Python 3.12 too, and daemon threads may run a moment longer; objects that live in preloaded
-                          modules are flushed, but their __del__ is not called
+                          modules are flushed, but their __del__ is not called; warnings issued while freeing, and
+                          atexit handlers that fail in C code, name a line of this file
+    SIGRTMAX - 1          writes the threads' tracebacks to stderr instead of ending the process
     C library             handlers that a script registers with on_exit() through ctypes are not called, unless it
                           has loaded a shared library
     ru_maxrss             starts at what the warm interpreter uses

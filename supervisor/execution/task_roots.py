@@ -18,17 +18,16 @@ def resolve_script(python_path: str, roots: Sequence[Path], cwd: str | None) -> 
     Symbolic links are followed before the file is compared with the roots. A relative path starts at the job's
     working directory, the supervisor's, or a root, whichever has the file first. Raises `InvalidJob`.
     """
-    candidates = [Path(base, python_path) for base in _bases(python_path, roots, cwd)]
-    found = next((path for path in candidates if _exists(path)), candidates[0])
+    candidates = [os.path.join(base, python_path) for base in _bases(python_path, roots, cwd)]
+    found = next((path for path in candidates if os.path.lexists(path)), candidates[0])
     try:
-        resolved = found.resolve(strict=True)
-        mode = resolved.stat().st_mode
+        resolved = os.path.realpath(found, strict=True)
+        mode = os.stat(resolved).st_mode
     except FileNotFoundError:
-        raise InvalidJob(FIELD, f"there is no file {python_path!r}") from None
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError before Python 3.13
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "symbolic links in a loop"
-        raise InvalidJob(FIELD, f"{_shown(python_path)} cannot be read: {reason}") from None
-    if not any(resolved.is_relative_to(root) for root in roots):
+        raise InvalidJob(FIELD, f"there is no file {_shown(python_path)}") from None
+    except OSError as error:
+        raise InvalidJob(FIELD, f"{_shown(python_path)} cannot be read: {error.strerror}") from None
+    if not any(_is_below(resolved, str(root)) for root in roots):
         names = ", ".join(str(root) for root in roots)
         raise InvalidJob(FIELD, f"{_shown(python_path)} leads to {resolved}, outside the task roots ({names})")
     if stat.S_ISDIR(mode):
@@ -37,7 +36,11 @@ def resolve_script(python_path: str, roots: Sequence[Path], cwd: str | None) -> 
         raise InvalidJob(FIELD, f"{_shown(python_path)} is not a regular file")
     if not os.access(resolved, os.R_OK):
         raise InvalidJob(FIELD, f"{_shown(python_path)} cannot be read: permission denied")
-    return python_path if found is candidates[0] or os.path.isabs(python_path) else str(found)
+    return python_path if found is candidates[0] or os.path.isabs(python_path) else found
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path.startswith(root if root.endswith(os.sep) else root + os.sep)
 
 
 def check_working_directory(cwd: str | None) -> None:
@@ -54,14 +57,6 @@ def _bases(python_path: str, roots: Sequence[Path], cwd: str | None) -> list[str
     if os.path.isabs(python_path):
         return [""]
     return [cwd or os.getcwd(), os.getcwd(), *roots]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        path.lstat()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _shown(path: str) -> str:

@@ -1,0 +1,1 @@
+from os import there_is_no_such_name

@@ -1,0 +1,1 @@
+exec(compile("def f():\n    raise ValueError('inside')\nf()", "<generated>", "exec"))

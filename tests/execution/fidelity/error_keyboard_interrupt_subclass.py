@@ -1,0 +1,5 @@
+class Interrupt(KeyboardInterrupt):
+    pass
+
+
+raise Interrupt("mine")

@@ -1,0 +1,9 @@
+def call(a, b):
+    return a + b
+
+
+result = call(
+    1,
+    call(2,
+         "three"),
+)

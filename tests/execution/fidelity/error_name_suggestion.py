@@ -1,0 +1,4 @@
+import os
+
+lenght = 1
+print(length)

@@ -1,0 +1,8 @@
+def leave():
+    try:
+        raise SystemExit(6)
+    finally:
+        print("finally")
+
+
+leave()

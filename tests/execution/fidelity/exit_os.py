@@ -1,0 +1,4 @@
+import os
+
+print("never flushed")
+os._exit(5)

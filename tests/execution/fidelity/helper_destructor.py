@@ -1,0 +1,4 @@
+import fidelity_helper
+
+keep = fidelity_helper.Noisy("in main")
+fidelity_helper.keep = fidelity_helper.Noisy("in helper")

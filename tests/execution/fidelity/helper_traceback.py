@@ -1,0 +1,3 @@
+import fidelity_helper
+
+fidelity_helper.fail()

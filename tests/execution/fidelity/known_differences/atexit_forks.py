@@ -1,0 +1,12 @@
+import atexit
+import os
+
+
+def fork():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(3)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+atexit.register(fork)

@@ -1,0 +1,3 @@
+import inspect
+
+print([frame.filename for frame in inspect.stack()])

@@ -1,0 +1,1 @@
+print(hash("a string") % 1_000_000)

@@ -1,0 +1,3 @@
+import sys
+
+print("ctypes" in sys.modules)

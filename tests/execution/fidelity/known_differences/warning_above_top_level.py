@@ -1,0 +1,3 @@
+import warnings
+
+warnings.warn("attributed to the caller", stacklevel=2)

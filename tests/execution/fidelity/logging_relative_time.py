@@ -1,0 +1,4 @@
+import logging
+
+record = logging.makeLogRecord({})
+print(0 <= record.relativeCreated < 5000)

@@ -1,0 +1,9 @@
+import atexit
+import pickle
+
+
+class Point:
+    pass
+
+
+atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Point())))))

@@ -1,0 +1,4 @@
+import random
+
+random.seed(7)
+print(random.random(), random.choice("abc"))

@@ -1,0 +1,4 @@
+import os
+
+print("this cannot be flushed")
+os.close(1)

@@ -1,0 +1,2 @@
+for number in range(30_000):
+    print(number, "x" * 20)

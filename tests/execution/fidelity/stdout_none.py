@@ -1,0 +1,6 @@
+import sys
+
+print("before")
+sys.stdout = None
+print("dropped")
+raise SystemExit("why")

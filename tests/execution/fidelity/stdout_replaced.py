@@ -1,0 +1,6 @@
+import io
+import sys
+
+sys.stdout = io.StringIO()
+print("nowhere")
+sys.stderr.write("left\n")

@@ -1,0 +1,10 @@
+import threading
+
+
+class Noisy:
+    def __del__(self):
+        print("freed")
+
+
+local = threading.local()
+local.thing = Noisy()

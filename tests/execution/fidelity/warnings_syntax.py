@@ -1,0 +1,2 @@
+text = "\d"
+print(1 is 1, text)
