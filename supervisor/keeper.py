@@ -63,6 +63,7 @@ RETENTION_SECONDS = 600.0
 HEAD_SECONDS = 1.0
 STALE_BEAT_SECONDS = 15.0
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+ERRAND = "errand"
 
 
 @dataclass(slots=True)
@@ -77,11 +78,15 @@ class Duty:
 class DutyThread:
     """Does its duties when they are due, and jobs that are put to it at once; tells when MongoDB is away."""
 
-    def __init__(self, name: str, duties: list[Duty], store_state: Callable[[StoreUnavailable | None], None]) -> None:
+    def __init__(
+        self, name: str, duties: list[Duty], store_state: Callable[[str, StoreUnavailable | None], None]
+    ) -> None:
         self._duties = duties
         self._store_state = store_state
         self._errands: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._failures = 0
+        self._failing: set[str] = set()
+        """Duties whose last attempt failed: that another one had nothing to do proves nothing."""
         self._stopped = Event()
         self._thread = Thread(target=self._run, name=name, daemon=True)
 
@@ -91,6 +96,11 @@ class DutyThread:
     def put(self, errand: Callable[[], object]) -> None:
         """Has something done as soon as possible, and again until MongoDB takes it."""
         self._errands.put(errand)
+
+    def retry_failed(self) -> None:
+        """Makes what failed last due now."""
+        for name in self._failing - {ERRAND}:
+            self.hasten(name)
 
     def hasten(self, name: str) -> None:
         """Makes a duty due now."""
@@ -108,7 +118,7 @@ class DutyThread:
         while not self._stopped.is_set():
             timeout = max(0.0, min((duty.due for duty in self._duties), default=1.0) - clock())
             with contextlib.suppress(Empty):
-                self._attempt(self._errands.get(timeout=timeout), again=True)
+                self._attempt(ERRAND, self._errands.get(timeout=timeout))
             for duty in self._duties:
                 if duty.due <= clock() and not self._stopped.is_set():
                     self._perform(duty)
@@ -119,16 +129,17 @@ class DutyThread:
         def run() -> None:
             duty.due = clock() + duty.run()
 
-        if not self._attempt(run, again=False):
+        if not self._attempt(duty.name, run):
             duty.due = clock() + RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS)) - 1]
 
-    def _attempt(self, work: Callable[[], object], *, again: bool) -> bool:
+    def _attempt(self, name: str, work: Callable[[], object]) -> bool:
         try:
             work()
         except StoreUnavailable as error:
             self._failures += 1
-            self._store_state(error)
-            if again:
+            self._failing = self._failing | {name}
+            self._store_state(name, error)
+            if name == ERRAND:
                 self._stopped.wait(RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS)) - 1])
                 self._errands.put(work)
             return False
@@ -138,9 +149,10 @@ class DutyThread:
         except Exception as error:
             logger("keeper").error("duty_failed", error=error)
             return False
-        if self._failures:
+        if name in self._failing:
+            self._failing = self._failing - {name}
             self._failures = 0
-            self._store_state(None)
+            self._store_state(name, None)
         return True
 
 
@@ -209,7 +221,8 @@ class Keeper:
         self._due_times = DueTimes()
         self._stop = Event()
         self._state_lock = Lock()
-        self._down_since: float | None = clock()
+        self._down_since: float | None = None
+        self._failing: set[str] = set()
         self._ready = False
         self._head_flagged = False
         self._registered_at = 0.0
@@ -291,14 +304,22 @@ class Keeper:
             done.set()
 
         self._lease_thread.put(goodbye)
-        done.wait(timeout=5.0 if self._down_since is None else 0.5)
+        done.wait(timeout=5.0 if self._ready and self._down_since is None else 0.5)
 
     # -- MongoDB comes and goes ---------------------------------------------------------------------------------------
 
-    def _note_store(self, error: StoreUnavailable | None) -> None:
-        """Called by every thread after a failure, and after the first success that follows."""
+    def _note_store(self, duty: str, error: StoreUnavailable | None) -> None:
+        """Called by every thread after a failure, and after the first success of the same duty that follows."""
         with self._state_lock:
             was_down = self._down_since is not None
+            if error is None:
+                self._failing.discard(duty)
+                if self._failing:
+                    self._lease_thread.retry_failed()
+                    self._report_thread.retry_failed()
+                    return
+            else:
+                self._failing.add(duty)
             self._view.store_error = str(error) if error else None
             self._metrics.mongo_up(error is None)
             if error is not None:
@@ -312,7 +333,7 @@ class Keeper:
                 away = clock() - (self._down_since or clock())
                 self._down_since = None
                 self._leases.was_away()
-                self._log.info("mongodb_back", away_seconds=round(away, 1))
+                self._log.warning("mongodb_back", away_seconds=round(away, 1))
                 self._lease_thread.put(self._leases.replay_once)
                 self._lease_thread.hasten("renew")
                 self._tell(StoreState(up=True))
@@ -333,9 +354,9 @@ class Keeper:
         self._jobs.adopt()
         with self._state_lock:
             self._ready = True
-            self._down_since = None
-            self._view.store_error = None
-            self._metrics.mongo_up(True)
+            if self._down_since is None:
+                self._view.store_error = None
+                self._metrics.mongo_up(True)
         self._tell(KeeperReady())
         return float("inf")
 

@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
-from supervisor.errors import DuplicateJob, InvalidJob, JobNotFound, LeaseLost
+from supervisor.errors import DuplicateJob, InvalidJob, JobNotFound, LeaseLost, StoreUnavailable
 from supervisor.job import DEFAULT_MEMORY_MB, JobSpec
 from supervisor.settings import Settings, load_settings
 from supervisor.states import Status
 from supervisor.store import transitions
 from supervisor.store.client import connect
 from supervisor.store.embedded import EmbeddedMongo
-from supervisor.store.jobs import JobStore
+from supervisor.store.jobs import JobStore, is_unauthorized
 from supervisor.store.output import OutputStore
 from supervisor.store.reports import Reports
 from supervisor.store.supervisors import SupervisorStore
@@ -197,9 +197,14 @@ class JobManager:
         self.close()
 
     def _ensure_indexes(self) -> None:
-        if not self._indexed:
+        if self._indexed:
+            return
+        try:
             self.jobs.ensure_indexes()
-            self._indexed = True
+        except StoreUnavailable as error:
+            if not is_unauthorized(error):  # a producer's role does not allow it: the supervisors make them
+                raise
+        self._indexed = True
 
 
 __all__ = ["JobManager", "new_document"]

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_INLINE_BYTES = 60_000
 """Above this a message travels through a file: a socket's buffer holds 200 KB by default, of many messages."""
@@ -428,7 +427,7 @@ class Channel:
             elif len(data) <= MAX_INLINE_BYTES:
                 socket.send_fds(self._socket, [data], descriptors)
             else:
-                with tempfile.TemporaryFile() as file:
+                with unnamed_file() as file:
                     file.write(data)
                     file.flush()
                     socket.send_fds(self._socket, [b"file"], [*descriptors, file.fileno()])
@@ -449,6 +448,14 @@ class Channel:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def unnamed_file() -> BinaryIO:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("message"), "w+b")
+    import tempfile  # only here: the warm interpreter, and so every job, would have it and all that it imports
+
+    return tempfile.TemporaryFile()
 
 
 def _contents(descriptor: int) -> bytes:

@@ -88,6 +88,8 @@ class Slot:
     """Grants whose jobs it holds."""
     asks: bool = True
     """Whether it is to look at the queue when it can, beyond what was announced."""
+    asks_again: bool = False
+    """Whether memory became free here while it was claiming: what did not fit then may fit now."""
     hungry: bool = False
     """Whether its jobs are short and run out."""
     mean_seconds: float = 1.0

@@ -256,7 +256,10 @@ class Supervisor:
                 self._store_up = message.up
                 self._look_at_queue()
             case QueueHead(), Child():
+                kept = self._budget.kept
                 self._budget.head(clock(), message.memory_mb)
+                if self._budget.kept < kept:
+                    self._look_at_queue()
             case Pong(), _:
                 pass
             case _:
@@ -288,7 +291,7 @@ class Supervisor:
         self._news.operations += nothing.operations
         self._answered(slot, nothing.grant)
         self._budget.settle(nothing.grant, None)
-        slot.asks = slot.hungry = False
+        slot.asks, slot.asks_again, slot.hungry = slot.asks_again, False, False
         slot.update_state()
         if nothing.error is not None:
             self._log.warning("claim_failed", error=nothing.error)
@@ -305,6 +308,10 @@ class Supervisor:
         slot.update_state()
         if slot.state is SlotState.IDLE:
             slot.asks = True
+        elif slot.claiming is not None:
+            slot.asks_again = True
+        else:
+            self._ask_another()
 
     def _finished(self, finished: Finished) -> None:
         self._news.finished += finished.jobs
@@ -390,7 +397,7 @@ class Supervisor:
             return
         if not slot.asks and not slot.hungry:
             self._announced -= 1
-        slot.claiming, slot.hungry = self._grants, False
+        slot.claiming, slot.asks_again, slot.hungry = self._grants, False, False
         slot.update_state()
         if count > 1:
             self._claiming_ahead = self._grants
@@ -459,6 +466,7 @@ class Supervisor:
                 self._answered(slot, grant)
                 self._budget.release(grant)
         self._cautious_until = clock() + CAUTIOUS_SECONDS
+        self._ask_another()  # its memory is free for others
         for token in [token for token, held in self._held.items() if held.slot is slot]:
             del self._held[token]
         retired = slot.worker_name == ""

@@ -225,6 +225,7 @@ class Worker:
         self._runner = runner
         self._owner = owner
         self._settings = settings
+        self._roots = settings.roots
         self._account = account_of(settings)
         self._spool = spool
         self._log = log or logger("worker")
@@ -297,6 +298,7 @@ class Worker:
                 self._claim(message)
             case Admit():
                 self._admit(self._waiting.pop(message.grant, []))
+                self._confirm_current()
             case Refuse():
                 self._give_back(self._waiting.pop(message.grant, []))
             case GiveBack():
@@ -349,7 +351,7 @@ class Worker:
                 found = self._store.claim_ahead(self._owner, token, demand, lease, claim.count)
                 if found:
                     return found
-            document = self._store.claim(self._owner, token, demand, lease)
+            document = self._store.claim(self._owner, token, demand, lease, sure_mb=claim.sure_mb)
             return [] if document is None else [document]
         except StoreUnavailable as error:
             if is_refusal(error):
@@ -376,7 +378,7 @@ class Worker:
         try:
             attempt.spec = spec = JobSpec.from_document(attempt.document)
             check_working_directory(spec.cwd)
-            attempt.script = resolve_script(spec.python_path, self._settings.roots, spec.cwd)
+            attempt.script = resolve_script(spec.python_path, self._roots, spec.cwd)
         except InvalidJob as error:
             self._record(attempt, Outcome(reason=Reason.INVALID_JOB, error=str(error)), [], [])
             return False
@@ -404,6 +406,9 @@ class Worker:
         self._timers.patience = NEVER
         self._pace.slow_down()
         self._give_back_ahead()
+        self._confirm_current()
+
+    def _confirm_current(self) -> None:
         attempt = self._current
         if attempt is None or not attempt.ahead:
             return

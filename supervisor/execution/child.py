@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
-from supervisor.execution import ending, script
+from supervisor.execution import ending, fork_hooks, script
 from supervisor.execution.eligibility import why_not_warm as why_not_warm
 from supervisor.execution.libraries import Libraries
 from supervisor.execution.seeds import NumpySeed
@@ -64,6 +64,14 @@ class Launch:
     python: str
     run_as: list[int] | None = None
     """The user id and the group ids, the primary group first; None: those of the runner."""
+
+    def as_values(self) -> list[Any]:
+        """The fields, for a message."""
+        return [self.path, self.args, self.env, self.cwd, self.start_method, self.python, self.run_as]
+
+    @classmethod
+    def from_values(cls, values: list[Any]) -> Launch:
+        return cls(*values)
 
     def executed(self) -> Launch:
         """The same, in a fresh interpreter."""
@@ -239,6 +247,7 @@ def run(launch: Launch) -> NoReturn:
             os.write(2, f"{launch.python}: cannot be executed: {error.strerror}\n".encode())
             os._exit(127)
     forget_ourselves()
+    fork_hooks.register()
     _set_environment(launch.env)
     if _Warm.title is not None:
         _Warm.title.set([launch.python, launch.path, *launch.args], launch.env)

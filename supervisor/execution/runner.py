@@ -24,6 +24,7 @@ import psutil
 
 from supervisor.execution import child
 from supervisor.execution.child import Launch
+from supervisor.execution.spare import Spare, fork_spare
 from supervisor.memory.monitor import MemoryMonitor, Overrun
 from supervisor.messages import Channel, ChannelClosed, Ended, Extend, Message, Ping, Pong, Run, Stop, Usage
 from supervisor.processes import (
@@ -42,6 +43,8 @@ from supervisor.states import Ending
 MB = 1_048_576
 USAGE_INTERVAL_SECONDS = 1.0
 FIRST_LOOK_SECONDS = 0.01
+SPARE_AFTER_SECONDS = 0.02
+"""A runner that was idle for this long forks ahead; with a backlog, forking ahead wins nothing."""
 WARN_SHARE = 0.9
 TRACEBACK_SECONDS = 0.005
 """The kill waits no longer for a traceback."""
@@ -97,6 +100,7 @@ class Runner:
         self._supervisor = supervisor
         self._interpreter = interpreter
         self._attempt: Attempt | None = None
+        self._spare: Spare | None = None
         self._own_rss: int = psutil.Process().memory_info().rss
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._errors, self._errors_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -122,7 +126,10 @@ class Runner:
             return None
 
     def _turn(self) -> Launch | None:
-        for descriptor, _ in self._poll.poll(self._timeout_ms()):
+        events = self._poll.poll(self._timeout_ms())
+        if not events and self._attempt is None:
+            return self._fork_spare()
+        for descriptor, _ in events:
             if descriptor == self._wakeup:
                 self._drain_wakeups()
             else:
@@ -133,11 +140,14 @@ class Runner:
                     return launch
         if self._attempt is not None:
             self._watch(self._attempt)
+        elif self._spare is not None and self._spare.pid in collect().exit_codes:
+            self._spare.dismiss()
+            self._spare = None
         return None
 
     def _timeout_ms(self) -> float | None:
         if self._attempt is None:
-            return None
+            return SPARE_AFTER_SECONDS * 1000 if self._spare is None else None
         # poll() counts in whole milliseconds and rounds up, which is late enough to not spin.
         return max(0.0, (self._attempt.next_look() - clock()) * 1000)
 
@@ -182,7 +192,7 @@ class Runner:
                 story.append(f"started by exec, not warm: {reason}")
         runner_pid = os.getpid()
         started = clock()
-        pid = os.fork()
+        pid = self._use_spare(launch, stdout, stderr) or os.fork()
         if pid == 0:
             return self._enter(launch, stdout, stderr, runner_pid)
         os.close(stdout)
@@ -197,6 +207,25 @@ class Runner:
             story=story,
         )
         return None
+
+    def _use_spare(self, launch: Launch, stdout: int, stderr: int) -> int:
+        """The process id of the spare that has become the job; 0 without one."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return 0
+        if spare.start(launch, stdout, stderr):
+            return spare.pid
+        kill_descendants(os.getpid())
+        return 0
+
+    def _fork_spare(self) -> Launch | None:
+        """While nothing is to be done, the next job's process is forked."""
+        runner_pid = os.getpid()
+        forked = fork_spare()
+        if isinstance(forked, Spare):
+            self._spare = forked
+            return None
+        return self._enter(forked.launch, forked.stdout, forked.stderr, runner_pid)
 
     def _why_not_warm(self, launch: Launch, user_env: dict[str, str]) -> str | None:
         """The user's HOME is no reason: root must not load what that user keeps there."""
@@ -321,6 +350,8 @@ class Runner:
         attempt.ending = ending
         attempt.kill_began = began
         report = kill_descendants(os.getpid())
+        while not report.complete:  # stuck in the kernel: the job is not over before it is gone
+            report = kill_descendants(os.getpid())
         attempt.kill_delay_seconds = clock() - began
         self._finish(attempt, report.statuses.get(attempt.pid), alone=report.complete)
 

@@ -18,9 +18,13 @@ from typing import Any
 
 if __name__ == "__main__":
     # The package is found beside this file; what a job may import from there is the job's own business.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    package_parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[0 : 0 if sys.flags.safe_path else 1] = [package_parent]
+    from supervisor.execution import fork_hooks
 
-from supervisor.execution import child
+    fork_hooks.hold_back()
+
+from supervisor.execution import child, fork_hooks
 from supervisor.execution.child import Launch
 from supervisor.execution.runner import Interpreter, Runner
 from supervisor.messages import Channel, ChannelClosed, ForkRunner, Ping, Pong, PreloadChanged, RunnerForked, WarmReady
@@ -161,6 +165,7 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
         usable=usable,
     )
     files = loaded_files(before) if wanted else {}
+    fork_hooks.stop_holding_back()
     child.prepare_warm()
     supervisor.send(WarmReady(os.getpid(), imported, problems, usable))
     return WarmInterpreter(supervisor, interpreter, files)

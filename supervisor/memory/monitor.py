@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import psutil
 
 from supervisor.memory.usage import CheapReading, tree_usage
-from supervisor.processes import ProcessStat, descendants, process_stat
+from supervisor.processes import ProcessStat, children, descendants, process_stat
 
 MB = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -30,6 +30,7 @@ _FASTEST_GROWTH = 4 << 30
 """Bytes per second that a job can allocate at most, by our reckoning."""
 _MIN_INTERVAL = 0.002
 _DISCOVERY_INTERVAL = 0.010
+_SWAP_INTERVAL = 1.0
 _BUSY_SHARE = 20
 """Cheap work may take one part in this many of the time, and exact readings above the limit too."""
 _MOST_BUSY_SHARE = 4
@@ -140,6 +141,7 @@ class MemoryMonitor:
         self._interval = interval
         self._clock = clock
         self._started = clock()
+        self._runner = CheapReading(runner_pid)
         self._members: dict[int, _Member] = {}
         self._next_discovery = self._started
         self._exact: int | None = None
@@ -157,6 +159,7 @@ class MemoryMonitor:
         for member in self._members.values():
             member.close()
         self._members.clear()
+        self._runner.close()
 
     @property
     def peak(self) -> int:
@@ -193,21 +196,27 @@ class MemoryMonitor:
     # -- who belongs to the job
 
     def _refresh(self, now: float) -> None:
-        gone = [pid for pid, member in self._members.items() if not member.refresh(now, self._interval)]
+        gone = [pid for pid, member in self._members.items() if not member.refresh(now, _SWAP_INTERVAL)]
         for pid in gone:
             self._members.pop(pid).close()
         if now >= self._next_discovery:
             before = self._clock()
-            self._discover(now)
+            self._discover(now, again=self._ceiling() > self.limit)
             cost = self._clock() - before
             self._next_discovery = now + max(_DISCOVERY_INTERVAL, cost * _BUSY_SHARE)
 
-    def _discover(self, now: float) -> None:
-        living = descendants(self._runner_pid, self.skip)
+    def _discover(self, now: float, *, again: bool) -> None:
+        """Meet new processes; with `again` the known ones too, which may have executed another program."""
+        living = descendants(self._runner_pid, self.skip, self._children_of)
         for pid in self._members.keys() - set(living):
             self._members.pop(pid).close()
         for pid in living:
-            self._meet(pid, now)
+            if again or pid not in self._members:
+                self._meet(pid, now)
+
+    def _children_of(self, pid: int) -> list[int]:
+        reading = self._runner if pid == self._runner_pid else self._members.get(pid)
+        return children(pid) if reading is None else reading.children()
 
     def _meet(self, pid: int, now: float) -> None:
         process = process_stat(pid)
@@ -238,19 +247,12 @@ class MemoryMonitor:
         if parent is not None and parent.image == member.image:
             return min(member.total, parent.total), None
         if of_runner:
-            return min(member.total, self._runner_bytes(now)), None
+            self._runner.refresh(now, _SWAP_INTERVAL)
+            return min(member.total, self._runner.total), None
         return 0, None
 
     def _has_relative(self, member: _Member) -> bool:
         return any(one.image == member.image for one in self._members.values())
-
-    def _runner_bytes(self, now: float) -> int:
-        reading = CheapReading(self._runner_pid)
-        try:
-            reading.refresh(now, 0.0)
-            return reading.total
-        finally:
-            reading.close()
 
     # -- how much it is
 
@@ -292,7 +294,7 @@ class MemoryMonitor:
 
     def _read_exactly(self) -> Overrun | None:
         before = self._clock()
-        self._discover(before)
+        self._discover(before, again=True)
         expected = self._exact_cost(self._ceiling()) / self._exact_slowness
         self._exact_ceiling = self._ceiling()
         pids = sorted(self._members, key=lambda pid: self._members[pid].total, reverse=True)

@@ -17,6 +17,7 @@ from supervisor.settings import masked
 
 Document = dict[str, Any]
 
+_TIMEOUTS = " (configured timeouts: socketTimeoutMS: 10000.0ms, connectTimeoutMS: 10000.0ms)"
 _AUTHENTICATION_CODES = {13, 18}
 _PASSING_CODES = {6, 7, 64, 89, 91, 112, 189, 202, 262, 9001, 10107, 11600, 11602, 13388, 13435, 13436, 50, 134, 317}
 """Errors of a server that is electing, shutting down or overloaded: the same statement succeeds later."""
@@ -27,6 +28,9 @@ def connect(uri: str, *, app: str, selection_timeout_seconds: float = 30.0) -> M
 
     Raises `ConfigurationError` for a connection string that cannot be read.
     """
+    if "@" in uri.partition("://")[2].partition("?")[0].partition("/")[2]:
+        # The driver would take a part of the password for a host, and say its name.
+        raise ConfigurationError("user and password must be percent-encoded (/ is %2F, @ is %40)", setting="MONGO_URI")
     try:
         return MongoClient(
             uri,
@@ -40,7 +44,7 @@ def connect(uri: str, *, app: str, selection_timeout_seconds: float = 30.0) -> M
             connectTimeoutMS=10_000,
             maxIdleTimeMS=600_000,
         )
-    except (InvalidURI, DriverConfigurationError, ValueError, TypeError) as error:
+    except (InvalidURI, DriverConfigurationError, ValueError, TypeError, OSError) as error:  # OSError: a file of TLS
         raise ConfigurationError(masked(str(error)), setting="MONGO_URI") from None
 
 
@@ -73,4 +77,4 @@ def named(error: PyMongoError, uri: str) -> StoreUnavailable:
 
 def _first_line(error: PyMongoError) -> str:
     text = masked(str(error)).splitlines()[0] if str(error) else type(error).__name__
-    return text.split(", Timeout:")[0].split(", full error:")[0]
+    return text.split(", Timeout:")[0].split(", full error:")[0].replace(_TIMEOUTS, "")

@@ -117,13 +117,15 @@ class JobStore:
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
-    def claim(self, owner: Owner, token: str, demand: Demand, lease_seconds: float) -> Document | None:
-        """Locks the first due job, atomically, or returns None."""
+    def claim(
+        self, owner: Owner, token: str, demand: Demand, lease_seconds: float, *, sure_mb: int | None = None
+    ) -> Document | None:
+        """Locks the first due job, atomically, or returns None. One of up to `sure_mb` counts as started."""
         index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
         with self.operation("claim"):
             return self.collection.find_one_and_update(
                 transitions.due(demand),
-                transitions.claim_update(owner, token, lease_seconds),
+                transitions.claim_update(owner, token, lease_seconds, sure_mb=sure_mb),
                 sort=schema.CLAIM_SORT,
                 hint=index,
                 return_document=ReturnDocument.AFTER,
@@ -297,6 +299,12 @@ def _was_applied(move: Move, document: Document | None) -> bool:
         return False
     attempt = next((stage["$set"].get("attempts") for stage in move.update if "$set" in stage), None)
     return document.get("lock") is None and document.get("attempts") == attempt
+
+
+def is_unauthorized(error: StoreUnavailable) -> bool:
+    """Whether MongoDB knows this user and does not allow this."""
+    cause = error.__cause__
+    return isinstance(cause, OperationFailure) and cause.code == 13
 
 
 def is_refusal(error: StoreUnavailable) -> bool:

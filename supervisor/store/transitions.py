@@ -114,9 +114,13 @@ def due(demand: Demand) -> Document:
     return condition
 
 
-def claim_update(owner: Owner, token: str, lease_seconds: float, *, ahead: bool = False) -> Pipeline:
+def claim_update(
+    owner: Owner, token: str, lease_seconds: float, *, ahead: bool = False, sure_mb: int | None = None
+) -> Pipeline:
     """Locks a job. One that is claimed `ahead` of others has not started yet: its attempt is counted when it does,
-    and its token ends in its id, so that the jobs of one statement have tokens of their own."""
+    and its token ends in its id, so that the jobs of one statement have tokens of their own. One that needs more
+    than `sure_mb` may have to go back: it, too, is counted when it starts."""
+    waits: Any = {"$gt": ["$required_memory", sure_mb]} if sure_mb is not None else False
     lock = {
         "supervisor_id": literal(owner.supervisor_id),
         "host": literal(owner.host),
@@ -126,8 +130,7 @@ def claim_update(owner: Owner, token: str, lease_seconds: float, *, ahead: bool 
         "locked_at": "$$NOW",
         "expires_at": {"$add": ["$$NOW", round(lease_seconds * 1000)]},
     }
-    if ahead:
-        lock["ahead"] = True
+    lock["ahead"] = True if ahead else {"$cond": [waits, True, "$$REMOVE"]}
     fields: Document = {
         "status": Status.RUNNING.value,
         "started_at": "$$NOW",
@@ -136,7 +139,7 @@ def claim_update(owner: Owner, token: str, lease_seconds: float, *, ahead: bool 
         "logs": with_entries([f"picked up by worker {owner.worker_pid} on {owner.host}"]),
     }
     if not ahead:
-        fields["attempts"] = add_one("attempts")
+        fields["attempts"] = {"$cond": [waits, number("attempts"), add_one("attempts")]}
     return [{"$set": fields}, {"$unset": "cancel_requested"}]
 
 

@@ -15,8 +15,11 @@ import sys
 
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from supervisor.execution import fork_hooks
 
-from supervisor.execution import child
+    fork_hooks.hold_back()
+
+from supervisor.execution import child, fork_hooks
 from supervisor.execution.child import Launch
 
 
@@ -63,6 +66,7 @@ def main() -> Launch | None:
     sys.path.insert(0, own)
     names = frozenset(name.partition(".")[0] for name in sys.modules) - {"__main__", "supervisor"}
     environment = dict(os.environ)
+    fork_hooks.stop_holding_back()
     child.prepare_warm()
     return serve(connection, names, environment)
 
