@@ -140,7 +140,7 @@ def summarize(documents: list[dict[str, Any]], port: int) -> None:
         "supervisor jobs list",
         f"supervisor jobs show {documents[0]['_id']}",
         f"supervisor jobs logs {documents[0]['_id']}",
-        "supervisor.producer submit --wait tasks/memory_hog.py --memory 64",
+        "supervisor.producer submit --wait --memory 64 tasks/memory_hog.py",
         "supervisor doctor",
     ):
         console.print(f"  python -m {command}", highlight=False)

@@ -159,8 +159,8 @@ class Outcome:
     error: str | None = None
     exit_code: int | None = None
     peak_memory_mb: int | None = None
-    handed_back: bool = False
-    """Stopped by a shutdown before it could end by itself."""
+    handed_back: str | None = None
+    """Why it was stopped before it could end by itself, where that says nothing about the job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +180,9 @@ def decide(
     spec: JobSpec | None, counts: Counts, outcome: Outcome, *, jitter: Callable[[], float] = random.random
 ) -> Verdict:
     """What becomes of a job whose attempt ended so. `spec` is None where the document could not be read."""
-    if outcome.handed_back:
-        return Verdict(status=Status.PENDING, counter="interruptions", note="interrupted by a shutdown, handed back")
+    if outcome.handed_back is not None:
+        note = f"interrupted: {outcome.handed_back}; back to pending"
+        return Verdict(status=Status.PENDING, counter="interruptions", note=note)
     if outcome.reason is None:
         return Verdict(status=Status.COMPLETED, note="completed")
     if outcome.reason is Reason.CANCELLED:
@@ -216,11 +217,9 @@ def retry_delay(first_seconds: float, failures: int, jitter: float) -> float:
 
 def grown_memory(spec: JobSpec) -> int | None:
     """The next limit in MB of a job that wants to be tried again with more memory, or None."""
-    if spec.memory_growth is None:
+    if spec.memory_growth is None or spec.max_memory is None:
         return None
-    grown = math.ceil(spec.required_memory * spec.memory_growth)
-    if spec.max_memory is not None:
-        grown = min(grown, spec.max_memory)
+    grown = min(math.ceil(spec.required_memory * spec.memory_growth), spec.max_memory)
     return grown if grown > spec.required_memory else None
 
 
@@ -242,11 +241,11 @@ def outcome_of(
     if ending is Ending.START_FAILED:
         return outcome(Reason.START_FAILED, error)
     if ending is Ending.LEASE_ENDED:
-        return outcome(Reason.LOST, error)
+        return Outcome(exit_code=exit_code, peak_memory_mb=peak_memory_mb, handed_back=error)
     if exit_code == 0:
         return outcome(None, None)
     if ending is Ending.INTERRUPTED:
-        return Outcome(exit_code=exit_code, peak_memory_mb=peak_memory_mb, handed_back=True)
+        return Outcome(exit_code=exit_code, peak_memory_mb=peak_memory_mb, handed_back="the supervisor shuts down")
     if exit_code is None:
         return outcome(Reason.LOST, "the end of its process was not seen")
     if exit_code < 0:

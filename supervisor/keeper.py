@@ -25,7 +25,7 @@ from typing import Any
 from supervisor import __version__
 from supervisor.errors import StoreUnavailable, SupervisorError
 from supervisor.events import Logger, logger
-from supervisor.leases import Cause, LeaseKeeper
+from supervisor.leases import Cause, LeaseKeeper, Reclaimed
 from supervisor.messages import (
     Beat,
     CancelRequested,
@@ -350,7 +350,7 @@ class Keeper:
         self._jobs.ensure_indexes(by_queue=bool(self._settings.queues))
         self._supervisors.register(self._identity, self._facts())
         self._leases.replay_once()
-        self._metrics.reclaimed("startup", self._leases.reclaim_startup_once())
+        self._count_reclaimed("startup", self._leases.reclaim_startup_once())
         self._jobs.adopt()
         with self._state_lock:
             self._ready = True
@@ -374,19 +374,20 @@ class Keeper:
     def _reclaim_once(self, every: float) -> float:
         if self._ready:
             self._leases.replay_once()
-            count = self._leases.reclaim_expired_once()
-            self._metrics.reclaimed("lease_expired", count)
-            if count:
-                self._tell(Wake(count))
+            self._count_reclaimed("lease_expired", self._leases.reclaim_expired_once())
         return every * random.uniform(0.8, 1.2)  # supervisors that were started together need not look together
 
     def _reclaim_worker(self, worker: str, cause: str) -> None:
         self._leases.replay_once()
         known: Cause = "shutdown" if cause == "shutdown" else "worker_died"
-        count = self._leases.reclaim_worker_once(worker, known)
-        self._metrics.reclaimed(known, count)
-        if count:
-            self._tell(Wake(count))
+        self._count_reclaimed(known, self._leases.reclaim_worker_once(worker, known))
+
+    def _count_reclaimed(self, cause: Cause, reclaimed: Reclaimed) -> None:
+        self._metrics.reclaimed(cause, reclaimed.pending)
+        for status, reason in reclaimed.ended:
+            self._metrics.ended(status, reason)
+        if reclaimed.pending:
+            self._tell(Wake(reclaimed.pending))
 
     def _register_once(self) -> float:
         if self._ready:

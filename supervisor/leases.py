@@ -7,12 +7,13 @@ one more lease: their owners get the time to renew them, and to write the result
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from supervisor.events import Logger, logger
 from supervisor.processes import clock
 from supervisor.spool import Spool
+from supervisor.states import Status
 from supervisor.store import transitions
 from supervisor.store.jobs import JobStore
 from supervisor.store.output import OutputStore
@@ -29,6 +30,17 @@ class Renewal:
     kept: list[str]
     deadline: float
     lost: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """What became of jobs that were taken back: how many run again, and (status, reason) of those that do not."""
+
+    pending: int = 0
+    ended: list[tuple[str, str]] = field(default_factory=list)
+
+    def __add__(self, other: Reclaimed) -> Reclaimed:
+        return Reclaimed(self.pending + other.pending, self.ended + other.ended)
 
 
 class LeaseKeeper:
@@ -92,34 +104,34 @@ class LeaseKeeper:
         self._log.info("spooled_result_written", job_id=record["job_id"], attempt=record["attempt"], held=held)
         return held
 
-    def reclaim_startup_once(self) -> int:
+    def reclaim_startup_once(self) -> Reclaimed:
         """Takes back what dead supervisors of this host left running. Their processes are gone already."""
         dead = self._supervisors.dead_on(self._identity)
         if not dead:
-            return 0
-        count = self._lose(transitions.of_supervisors(dead), "startup", "its supervisor died")
+            return Reclaimed()
+        reclaimed = self._lose(transitions.of_supervisors(dead), "startup", "its supervisor died")
         for supervisor_id in dead:
             self._supervisors.remove(supervisor_id)
-        return count
+        return reclaimed
 
-    def reclaim_worker_once(self, worker: str, cause: Cause) -> int:
+    def reclaim_worker_once(self, worker: str, cause: Cause) -> Reclaimed:
         """Takes back what a dead worker of this supervisor held."""
         condition = transitions.of_worker(self._identity.supervisor_id, worker)
         return self._lose(condition, cause, "its worker died")
 
-    def reclaim_expired_once(self) -> int:
+    def reclaim_expired_once(self) -> Reclaimed:
         """Takes back every lease that has ended, whoever held it, and what other programs abandoned."""
         if clock() < self._reclaim_from:
-            return 0
-        count = self._lose(transitions.expired(), "lease_expired", "its lease was not renewed")
+            return Reclaimed()
+        expired = self._lose(transitions.expired(), "lease_expired", "its lease was not renewed")
         why = "its worker has no lease and was silent for an hour"
-        return count + self._lose(transitions.abandoned_by_others(), "lease_expired", why)
+        return expired + self._lose(transitions.abandoned_by_others(), "lease_expired", why)
 
     def was_away(self) -> None:
         """MongoDB is back after an outage."""
         self._reclaim_from = clock() + self._lease_seconds
 
-    def _lose(self, condition: dict[str, Any], cause: Cause, why: str) -> int:
+    def _lose(self, condition: dict[str, Any], cause: Cause, why: str) -> Reclaimed:
         lost = self._jobs.lose(condition, why)
         for document in lost:
             self._log.warning(
@@ -129,4 +141,6 @@ class LeaseKeeper:
                 cause=cause,
                 status=document.get("status"),
             )
-        return len(lost)
+        pending = sum(document["status"] == Status.PENDING for document in lost)
+        ended = [(document["status"], document["reason"]) for document in lost if document["status"] != Status.PENDING]
+        return Reclaimed(pending, ended)

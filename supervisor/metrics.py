@@ -292,6 +292,10 @@ class Metrics:
         """`count` running jobs went back to pending."""
         self._counters["jobs_reclaimed_total"].labels(cause).inc(count)
 
+    def ended(self, status: str, reason: str) -> None:
+        """A job that was taken back has ended instead of going back to pending."""
+        self._counters["jobs_finished_total"].labels(status, reason).inc()
+
     def set_queue_state(self, jobs_by_status: Mapping[str, int], queues: Mapping[str, QueueState]) -> None:
         """The counts of the whole database. Queues that vanished disappear, those served here stay, at 0."""
         statuses = Tally({status.value: 0 for status in Status})

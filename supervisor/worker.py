@@ -93,6 +93,8 @@ class Attempt:
     spec: JobSpec | None = None
     script: str = ""
     output: OutputCapture | None = None
+    unsent: list[Chunk] = dataclasses.field(default_factory=list)
+    """Output that MongoDB did not take while the job ran: it goes with the outcome."""
     ended: Ended | None = None
 
     @property
@@ -530,12 +532,14 @@ class Worker:
         if attempt is None or attempt.output is None or not attempt.output.has_news:
             return
         chunks, removed = attempt.output.take(final=False)
+        chunks, attempt.unsent = attempt.unsent + chunks, []
         self._timers.flushing = True
 
         def flushed(answer: Any) -> None:
             self._timers.flushing = False
             if isinstance(answer, Exception):
-                self._log.warning("output_not_stored", job_id=attempt.job_id, error=answer)
+                attempt.unsent += chunks
+                self._log.warning("output_delayed", job_id=attempt.job_id, error=answer)
             if self._current is not None and self._current.output is not None and self._current.output.has_news:
                 self._timers.flush = clock() + FLUSH_SECONDS
 
@@ -607,19 +611,24 @@ class Worker:
     def _write(self, results: list[Result]) -> list[tuple[bool, bool]]:
         """Returns for each whether the job was still ours, and whether its outcome waits on disk."""
         try:
-            self._outputs.append_all(
-                [(result.attempt.key, result.attempt.number, result.chunks) for result in results]
-            )
-            for result in results:
-                if result.removed:
-                    self._outputs.append(result.attempt.key, result.attempt.number, [], result.removed)
+            self._write_output(results)
         except StoreUnavailable as error:
-            self._log.warning("output_not_stored", jobs=len(results), error=error)
+            if not is_refusal(error):  # the outcome waits with its output: neither is written without the other
+                return [self._write_alone(result, error) for result in results]
+            self._log.error("output_refused", jobs=len(results), error=error)
         try:
             held = self._store.apply_all([result.move for result in results], "finish")
             return [(each, False) for each in held]
         except StoreUnavailable as error:
             return [self._write_alone(result, error) for result in results]
+
+    def _write_output(self, results: list[Result]) -> None:
+        self._outputs.append_all(
+            [(result.attempt.key, result.attempt.number, result.attempt.unsent + result.chunks) for result in results]
+        )
+        for result in results:
+            if result.removed:
+                self._outputs.append(result.attempt.key, result.attempt.number, [], result.removed)
 
     def _write_alone(self, result: Result, error: StoreUnavailable) -> tuple[bool, bool]:
         attempt = result.attempt
@@ -706,10 +715,11 @@ def _story(attempt: Attempt, outcome: Outcome, verdict: Verdict) -> list[str]:
 
 def _spooled(result: Result) -> dict[str, Any]:
     """The record of an outcome that waits on disk. Its job is found by the token: ids need not be JSON."""
+    chunks = result.attempt.unsent + result.chunks
     return {
         "token": result.attempt.token,
         "job_id": result.attempt.job_id,
         "attempt": result.attempt.number,
         "update": result.move.update,
-        "chunks": [{**dataclasses.asdict(chunk), "data": chunk.data.decode("latin-1")} for chunk in result.chunks],
+        "chunks": [{**dataclasses.asdict(chunk), "data": chunk.data.decode("latin-1")} for chunk in chunks],
     }

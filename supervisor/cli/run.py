@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from supervisor import execution
-from supervisor.cli.doctor import conflicting_distribution
+from supervisor.cli.doctor import conflict_advice, conflicting_distribution
 from supervisor.errors import ConfigurationError, SupervisorError
 from supervisor.events import configure_logging, logger
 from supervisor.execution.orphans import MARKER, end_orphans, marker
@@ -49,7 +49,7 @@ def run(settings: Settings) -> int:
     check_for_supervising(settings)
     conflict = conflicting_distribution()
     if conflict is not None:
-        raise SupervisorError(conflict)
+        raise SupervisorError(f"{conflict}: {conflict_advice()}")
     configure_logging(settings.log_format, settings.log_level)
     for name in unknown_settings():
         logger("settings").warning("unknown_setting", name=name, msg="ignored: there is no such setting")
