@@ -83,7 +83,8 @@ class DutyThread:
     ) -> None:
         self._duties = duties
         self._store_state = store_state
-        self._errands: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._errands: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        """None: only wakes the thread."""
         self._failures = 0
         self._failing: set[str] = set()
         """Duties whose last attempt failed: that another one had nothing to do proves nothing."""
@@ -107,18 +108,20 @@ class DutyThread:
         for duty in self._duties:
             if duty.name == name:
                 duty.due = 0.0
-        self._errands.put(lambda: None)
+        self._errands.put(None)
 
     def stop(self, timeout_seconds: float) -> None:
         self._stopped.set()
-        self._errands.put(lambda: None)
+        self._errands.put(None)
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             timeout = max(0.0, min((duty.due for duty in self._duties), default=1.0) - clock())
             with contextlib.suppress(Empty):
-                self._attempt(ERRAND, self._errands.get(timeout=timeout))
+                errand = self._errands.get(timeout=timeout)
+                if errand is not None:
+                    self._attempt(ERRAND, errand)
             for duty in self._duties:
                 if duty.due <= clock() and not self._stopped.is_set():
                     self._perform(duty)

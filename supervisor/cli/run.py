@@ -13,7 +13,7 @@ from pathlib import Path
 
 from supervisor import execution
 from supervisor.cli.doctor import conflict_advice, conflicting_distribution
-from supervisor.errors import ConfigurationError, SupervisorError
+from supervisor.errors import ConfigurationError, StoreUnavailable, SupervisorError
 from supervisor.events import configure_logging, logger
 from supervisor.execution.orphans import MARKER, end_orphans, marker
 from supervisor.keeper import Keeper
@@ -30,7 +30,7 @@ from supervisor.settings import (
     unknown_settings,
 )
 from supervisor.spool import Spool
-from supervisor.store.client import connect
+from supervisor.store.client import connect, reaching
 from supervisor.store.embedded import EmbeddedMongo
 from supervisor.store.jobs import JobStore, Observe
 from supervisor.store.output import OutputStore
@@ -44,6 +44,10 @@ WITHHELD = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LIS
 """What systemd tells the supervisor is none of a job's business."""
 
 
+START_SECONDS = 10.0
+"""So long MongoDB may take to answer at the start; later it may be away for as long as it likes."""
+
+
 def run(settings: Settings) -> int:
     """Supervises until a signal ends it; returns the exit code."""
     check_for_supervising(settings)
@@ -54,6 +58,30 @@ def run(settings: Settings) -> int:
     for name in unknown_settings():
         logger("settings").warning("unknown_setting", name=name, msg="ignored: there is no such setting")
     return Host(settings).run()
+
+
+def check_reachable(uri: str) -> None:
+    """Raises `StoreUnavailable` when MongoDB does not answer, and `ConfigurationError` for a wrong connection string.
+
+    In a process of its own: the driver has threads, and this one is about to fork.
+    """
+    connect(uri, app="check").close()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with reaching(uri):
+                connect(uri, app="check", selection_timeout_seconds=START_SECONDS).admin.command("ping")
+        except SupervisorError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        problem = answer.read().decode()
+    os.waitpid(pid, 0)
+    if problem:
+        raise StoreUnavailable(problem)
 
 
 class Host:
@@ -78,7 +106,7 @@ class Host:
             if not self._uri:
                 self._use_embedded(cleanup)
             else:
-                connect(self._uri, app="check").close()  # a wrong connection string stops the start
+                check_reachable(self._uri)
                 self._log.info("mongodb", uri=masked(self._uri))
             return Supervisor(
                 self.settings,
