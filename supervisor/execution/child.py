@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import _signal
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import itertools
 import os
 import sys
+import sysconfig
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -54,7 +54,7 @@ _FORK_HOOKS = (
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What one job process executes. `path` is absolute and becomes sys.argv[0]; `env` is complete."""
+    """What one job process executes. `path` becomes sys.argv[0]; `env` is complete, or `adds` to the interpreter's."""
 
     path: str
     args: list[str]
@@ -64,10 +64,12 @@ class Launch:
     python: str
     run_as: list[int] | None = None
     """The user id and the group ids, the primary group first; None: those of the runner."""
+    adds: bool = False
+    """Mostly three variables are new, and touching the others would copy the pages that they are on."""
 
     def as_values(self) -> list[Any]:
         """The fields, for a message."""
-        return [self.path, self.args, self.env, self.cwd, self.start_method, self.python, self.run_as]
+        return [self.path, self.args, self.env, self.cwd, self.start_method, self.python, self.run_as, self.adds]
 
     @classmethod
     def from_values(cls, values: list[Any]) -> Launch:
@@ -86,11 +88,14 @@ class _Warm:
     title: ProcessTitle | None = None
     seed: NumpySeed | None = None
     libraries: Libraries | None = None
+    changed_signals: tuple[int, ...] = tuple(range(1, _signal.NSIG))
+    """Those whose disposition is not the default here, or will not be in the runner."""
     kept: list[ModuleType | FrameType]  # what must never be freed in a job: freeing closes descriptors and costs
 
 
 _Warm.kept = []
-_libc: Any = ctypes.CDLL(None, use_errno=True)
+_HAS_CLOSE_RANGE = bool(sysconfig.get_config_var("HAVE_CLOSE_RANGE"))
+"""os.closerange() is one system call then; without it, it would try two thousand million descriptors."""
 
 
 # -- in the warm interpreter, once ------------------------------------------------------------------------------------
@@ -101,7 +106,8 @@ def prepare_warm() -> None:
     _open_streams_as_on_pipes()
     _Warm.environment = dict(os.environ)
     _Warm.own_modules = tuple(name for name in sys.modules if name.partition(".")[0] == "supervisor")
-    _Warm.title = ProcessTitle.of_this_process()
+    _Warm.title = ProcessTitle.of_this_process(_Warm.environment)
+    _Warm.changed_signals = _signals_that_are_changed()
     _Warm.seed = NumpySeed.of_this_process()
     _Warm.libraries = Libraries.of_this_process()
     if TRACEBACK_SIGNAL > 0:
@@ -127,9 +133,11 @@ def _rehearse() -> None:
                     getattr(modules[name], hook)()
         _reset_signals(ignored=_IGNORED_BY_PYTHON)
         _close_all_but((0x7FFF_FFFE,), first=0x7FFF_FFF0)
+        _add_to_environment({"JOB_ID": "rehearsal"})
+        del os.environ["JOB_ID"]
         _set_environment(_Warm.environment)
         if _Warm.title is not None:
-            _Warm.title.set(sys.orig_argv, _Warm.environment)
+            _Warm.title.set(sys.orig_argv, {}, adds=True)
         if _Warm.seed is not None:
             _Warm.seed.renew()
         _rehearse_script()
@@ -193,8 +201,15 @@ def _become_user(ids: list[int], runner_pid: int) -> None:
     die_with_parent(runner_pid, _signal.SIGKILL)
 
 
+def _signals_that_are_changed() -> tuple[int, ...]:
+    changed = {_signal.SIGCHLD, _signal.SIGINT, _signal.SIGTERM, *_IGNORED_BY_PYTHON}
+    defaults = (_signal.SIG_DFL, None)
+    changed |= {number for number in range(1, _signal.NSIG) if _signal.getsignal(number) not in defaults}
+    return tuple(sorted(int(number) for number in changed))
+
+
 def _reset_signals(ignored: Collection[int]) -> None:
-    for number in range(1, _signal.NSIG):
+    for number in _Warm.changed_signals:
         handler = _signal.getsignal(number)
         if number == _signal.SIGINT and ignored:
             if handler is not _signal.default_int_handler:
@@ -211,14 +226,14 @@ def _close_all_but(keep: Iterable[int], first: int = 3) -> None:
     for descriptor in sorted(keep):
         _close_range(first, descriptor - 1)
         first = descriptor + 1
-    _close_range(first, 0x7FFF_FFFF)
+    _close_range(first, 0x7FFF_FFFE)
 
 
 def _close_range(first: int, last: int) -> None:
     if first > last:
         return
-    close_range = getattr(_libc, "close_range", None)
-    if close_range is not None and close_range(first, last, 0) == 0:
+    if _HAS_CLOSE_RANGE:
+        os.closerange(first, last + 1)
         return
     for name in os.listdir("/dev/fd"):  # an old kernel or C library, or not Linux
         if first <= int(name) <= last:
@@ -228,7 +243,8 @@ def _close_range(first: int, last: int) -> None:
 
 def execute(launch: Launch) -> NoReturn:
     """Becomes a fresh interpreter that runs the script. Raises OSError."""
-    os.execve(launch.python, [launch.python, launch.path, *launch.args], launch.env)
+    env = {**_Warm.environment, **launch.env} if launch.adds else launch.env
+    os.execve(launch.python, [launch.python, launch.path, *launch.args], env)
 
 
 def run(launch: Launch) -> NoReturn:
@@ -248,9 +264,13 @@ def run(launch: Launch) -> NoReturn:
             os._exit(127)
     forget_ourselves()
     fork_hooks.register()
-    _set_environment(launch.env)
+    arguments = [launch.python, launch.path, *launch.args]
+    if launch.adds:
+        _add_to_environment(launch.env)
+    else:
+        _set_environment(launch.env)
     if _Warm.title is not None:
-        _Warm.title.set([launch.python, launch.path, *launch.args], launch.env)
+        _Warm.title.set(arguments, launch.env, adds=launch.adds)
     _renew_preloaded_state()
     sys.argv[:] = [launch.path, *launch.args]
     sys.orig_argv[:] = [launch.python, launch.path, *launch.args]
@@ -274,6 +294,13 @@ def forget_ourselves() -> None:
         module = sys.modules.pop(name, None)
         if module is not None:
             _Warm.kept.append(module)
+
+
+def _add_to_environment(env: dict[str, str]) -> None:
+    for name, value in env.items():
+        os.environ[name] = value
+    if "TZ" in env:
+        time.tzset()
 
 
 def _set_environment(env: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def why_not_warm(
         return "it asks for a fresh interpreter"
     if launch.python != python:
         return f"it asks for another interpreter, {launch.python}"
-    variable = _changed_at_start(base_env, launch.env)
+    names = launch.env.keys() if launch.adds else launch.env.keys() | base_env.keys()
+    variable = _changed_at_start(base_env, launch.env, names)
     if variable is not None:
         return f"the environment variable {variable} is read when an interpreter starts"
     try:
@@ -54,8 +55,8 @@ def why_not_warm(
     return None if os.access(resolved, os.R_OK) else "the script cannot be read"
 
 
-def _changed_at_start(base_env: Mapping[str, str], env: Mapping[str, str]) -> str | None:
-    for name in env.keys() | base_env.keys():
+def _changed_at_start(base_env: Mapping[str, str], env: Mapping[str, str], names: Iterable[str]) -> str | None:
+    for name in names:
         if (name.startswith(READ_AT_START) or name in READ_AT_START_NAMES) and env.get(name) != base_env.get(name):
             return name
     return None

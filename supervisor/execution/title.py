@@ -30,8 +30,9 @@ class _MemoryMap(ctypes.Structure):
 class ProcessTitle:
     """Found out once, in the process whose children will set it."""
 
-    def __init__(self, memory: _MemoryMap) -> None:
+    def __init__(self, memory: _MemoryMap, environment: dict[str, str]) -> None:
         self._memory = memory
+        self._environment = _environment_block(environment)
         self._old_area = memory.arg_start, memory.arg_end
         self._libc: Any = ctypes.CDLL(None)
         self._prctl = self._libc.prctl
@@ -47,8 +48,8 @@ class ProcessTitle:
         self._area: Any = None
 
     @classmethod
-    def of_this_process(cls) -> ProcessTitle | None:
-        """None where the kernel does not say where a process keeps its arguments."""
+    def of_this_process(cls, environment: dict[str, str]) -> ProcessTitle | None:
+        """`environment` is what jobs add theirs to. None where the kernel does not say where a process keeps its arguments."""
         if sys.platform != "linux":
             return None
         try:
@@ -67,12 +68,13 @@ class ProcessTitle:
         return cls(_MemoryMap(
             start_code, end_code, start_data, end_data, brk, 0, int(fields[25]),
             arg_start, arg_end, env_start, env_end, 0, 0, 0xFFFF_FFFF,
-        ))  # fmt: skip
+        ), environment)  # fmt: skip
 
-    def set(self, arguments: list[str], environment: dict[str, str]) -> None:
-        """Shows these. Undecodable bytes travel as in `os.fsencode`."""
+    def set(self, arguments: list[str], environment: dict[str, str], *, adds: bool) -> None:
+        """Shows these; the environment is complete, or `adds` to that of the start. Undecodable bytes travel as in
+        `os.fsencode`."""
         title = _block(arguments)
-        block = title + _block([f"{name}={value}" for name, value in environment.items()])
+        block = title + (self._environment if adds else b"") + _environment_block(environment)
         memory = self._memory
         self._area = ctypes.create_string_buffer(block, len(block))  # lives as long as the process
         address = ctypes.addressof(self._area)
@@ -84,6 +86,10 @@ class ProcessTitle:
             start, end = self._old_area
             size = end - start
             ctypes.memmove(start, title[: size - 1].ljust(size, b"\0"), size)
+
+
+def _environment_block(environment: dict[str, str]) -> bytes:
+    return _block([f"{name}={value}" for name, value in environment.items()]) if environment else b""
 
 
 def _block(strings: list[str]) -> bytes:

@@ -408,11 +408,11 @@ TITLE_SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from supervisor.execution.title import ProcessTitle
-title = ProcessTitle.of_this_process()
+title = ProcessTitle.of_this_process({})
 if sys.argv[2] == "refused":
     title._prctl = lambda *_: -1
 for words in (["first", "title"], ["python", "a b", ""]):
-    title.set(words, {"JOB_ID": "7"})
+    title.set(words, {"JOB_ID": "7"}, adds=False)
 sys.stdout.write(open("/proc/self/cmdline").read() + "|" + open("/proc/self/environ").read())
 """
 
