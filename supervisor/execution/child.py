@@ -64,12 +64,14 @@ class Launch:
     python: str
     run_as: list[int] | None = None
     """The user id and the group ids, the primary group first; None: those of the runner."""
+    titled: bool = False
+    """Whether the process shows the job's command line already: the runner did while it forked."""
     adds: bool = False
     """Mostly three variables are new, and touching the others would copy the pages that they are on."""
 
     def as_values(self) -> list[Any]:
         """The fields, for a message."""
-        return [self.path, self.args, self.env, self.cwd, self.start_method, self.python, self.run_as, self.adds]
+        return [self.path, self.args, self.env, self.cwd, self.start_method, self.python, self.run_as, self.titled, self.adds]
 
     @classmethod
     def from_values(cls, values: list[Any]) -> Launch:
@@ -168,6 +170,28 @@ def _open_streams_as_on_pipes() -> None:
     os.close(writer)
 
 
+# -- in the runner, for each job --------------------------------------------------------------------------------------
+
+
+def before_fork(launch: Launch) -> Launch:
+    """Does here what a child would do at the price of copied pages: shows the job's command line, compiles its script.
+
+    `after_fork` takes the command line back.
+    """
+    if launch.start_method != "warm" or _Warm.title is None:
+        return launch
+    if launch.run_as is None and os.path.isabs(launch.path):
+        script.keep_compiled(launch.path)
+    _Warm.title.set([launch.python, launch.path, *launch.args], launch.env, adds=launch.adds)
+    return replace(launch, titled=True)
+
+
+def after_fork(launch: Launch) -> None:
+    """To be called in the runner alone."""
+    if launch.titled and _Warm.title is not None:
+        _Warm.title.restore()
+
+
 # -- in the job's process ---------------------------------------------------------------------------------------------
 
 
@@ -254,7 +278,7 @@ def run(launch: Launch) -> NoReturn:
     its message is exact, and nothing has happened yet. Called at the bottom of the stack.
     """
     try:
-        code, directory = script.load(launch.path)
+        code, directory = script.kept(launch.path) or script.load(launch.path)
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
         _reset_signals(ignored=())
         try:
@@ -269,7 +293,7 @@ def run(launch: Launch) -> NoReturn:
         _add_to_environment(launch.env)
     else:
         _set_environment(launch.env)
-    if _Warm.title is not None:
+    if _Warm.title is not None and not launch.titled:
         _Warm.title.set(arguments, launch.env, adds=launch.adds)
     _renew_preloaded_state()
     sys.argv[:] = [launch.path, *launch.args]

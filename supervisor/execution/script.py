@@ -5,9 +5,14 @@ from __future__ import annotations
 import _io
 import os
 import sys
+import time
+from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
 
+MAX_KEPT_BYTES = 1_000_000
+SETTLED_NS = 2_000_000_000
+"""A file changed this recently may change again without a new modification time."""
 _SourceFileLoader: Any = sys.modules["_frozen_importlib_external"].SourceFileLoader
 
 
@@ -24,8 +29,66 @@ class Text:
         pass
 
 
+@dataclass(slots=True)
+class _Compiled:
+    """The script that was asked for last, and its code once it was asked for twice."""
+
+    key: tuple[object, ...] | None = None
+    code: CodeType | None = None
+    directory: str = ""
+    refused: bool = False
+
+
+_compiled = _Compiled()
+
+
+def keep_compiled(path: str) -> None:
+    """In the runner: a script that runs again and again is compiled once. One that does not compile without a word
+    is left to each child, and so is one that was changed a moment ago."""
+    key = _key(path)
+    if key is None or key != _compiled.key:
+        _compiled.key, _compiled.code, _compiled.refused = key, None, False
+        return
+    if _compiled.code is not None or _compiled.refused:
+        return
+    try:
+        code, directory, text = _compile(path)
+    except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
+        _compiled.refused = True
+        return
+    if text:
+        _compiled.refused = True
+    else:
+        _compiled.code, _compiled.directory = code, directory
+
+
+def kept(path: str) -> tuple[CodeType, str] | None:
+    """The compiled script, where the file is still the one that was compiled."""
+    if _compiled.code is None or _compiled.key != _key(path):
+        return None
+    return _compiled.code, _compiled.directory
+
+
+def _key(path: str) -> tuple[object, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    if found.st_size > MAX_KEPT_BYTES or time.time_ns() - found.st_mtime_ns < SETTLED_NS:
+        return None
+    return path, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
 def load(path: str) -> tuple[CodeType, str]:
     """The compiled script, and the directory it is in with all links followed. Raises what compile() raises."""
+    code, directory, text = _compile(path)
+    if text:
+        sys.stderr.write(text)
+    return code, directory
+
+
+def _compile(path: str) -> tuple[CodeType, str, str]:
+    """The same, with what the compiler has to say."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         directory = os.path.dirname(_real_path(descriptor, path))
@@ -40,9 +103,7 @@ def load(path: str) -> tuple[CodeType, str]:
         code = compile(source, path, "exec", dont_inherit=True)
     finally:
         sys.stderr = stderr
-    if text.parts:
-        stderr.write("".join(text.parts))
-    return code, directory
+    return code, directory, "".join(text.parts)
 
 
 def _real_path(descriptor: int, path: str) -> str:
@@ -77,8 +138,10 @@ def new_main(path: str) -> ModuleType:
 
 def standard_stream(descriptor: int, name: str, encoding: str, errors: str) -> _io.TextIOWrapper:
     """sys.stdout or sys.stderr as the interpreter opens them."""
-    buffer: Any = _io.open(descriptor, "wb", closefd=False)
-    buffer.raw.name = f"<{name}>"
-    stream = _io.TextIOWrapper(buffer, encoding, errors, "\n", line_buffering=name == "stderr")
+    direct = bool(os.environ.get("PYTHONUNBUFFERED"))  # as many containers set it
+    buffer: Any = _io.open(descriptor, "wb", 0 if direct else -1, closefd=False)
+    (buffer if direct else buffer.raw).name = f"<{name}>"
+    by_line = name == "stderr" and not direct
+    stream = _io.TextIOWrapper(buffer, encoding, errors, "\n", line_buffering=by_line, write_through=direct)
     stream.mode = "w"  # type: ignore[misc]
     return stream

@@ -34,6 +34,8 @@ class ProcessTitle:
         self._memory = memory
         self._environment = _environment_block(environment)
         self._old_area = memory.arg_start, memory.arg_end
+        self._old_title = ctypes.string_at(memory.arg_start, memory.arg_end - memory.arg_start)
+        self._original = memory.arg_start, memory.arg_end, memory.env_start, memory.env_end
         self._libc: Any = ctypes.CDLL(None)
         self._prctl = self._libc.prctl
         self._sbrk = self._libc.sbrk
@@ -86,6 +88,16 @@ class ProcessTitle:
             start, end = self._old_area
             size = end - start
             ctypes.memmove(start, title[: size - 1].ljust(size, b"\0"), size)
+
+
+    def restore(self) -> None:
+        """Shows again what the process was started with."""
+        memory = self._memory
+        memory.brk = self._sbrk(0)
+        memory.arg_start, memory.arg_end, memory.env_start, memory.env_end = self._original
+        if self._prctl(*self._arguments) != 0:
+            start, _ = self._old_area
+            ctypes.memmove(start, self._old_title, len(self._old_title))
 
 
 def _environment_block(environment: dict[str, str]) -> bytes:

@@ -39,6 +39,7 @@ def serve(connection: socket.socket, names: frozenset[str], environment: dict[st
         if reason is not None:
             launch = launch.executed()
         host = os.getpid()
+        launch = child.before_fork(launch)
         pid = os.fork()
         if pid == 0:
             try:
@@ -49,6 +50,7 @@ def serve(connection: socket.socket, names: frozenset[str], environment: dict[st
             except OSError as error:
                 os.write(2, f"start failed: {error.strerror}\n".encode())
                 os._exit(127)
+        child.after_fork(launch)
         for descriptor in descriptors:
             os.close(descriptor)
         _, status, usage = os.wait4(pid, 0)

@@ -339,6 +339,26 @@ def test_two_jobs_never_draw_the_same(host: WarmHost, place: Path, tmp_path: Pat
     assert all(len(set(drawn)) == len(outputs) for drawn in zip(*outputs, strict=True)), outputs
 
 
+def test_a_script_that_is_kept_compiled_runs_as_it_is_on_disk(bare_host: WarmHost, place: Path, tmp_path: Path) -> None:
+    script = tmp_path / "again.py"
+
+    def write(source: str, seconds_ago: float) -> None:
+        script.write_text(source)
+        then = time.time() - seconds_ago
+        os.utime(script, (then, then))
+
+    def outputs(runs: int) -> set[bytes]:
+        return {bare_host.run(Case(script), clean(place))[2] for _ in range(runs)}
+
+    write("import sys\nprint('first', __file__ == sys.argv[0])\n", 60)
+    assert outputs(4) == {b"first True\n"}
+    write("import sys\nprint('other', __file__ == sys.argv[0])\n", 50)
+    assert outputs(3) == {b"other True\n"}
+    write("print('no longer'\n", 40)
+    exit_code, _, stdout, stderr = bare_host.run(Case(script), clean(place))
+    assert (exit_code, stdout) == (1, b"") and b"SyntaxError" in stderr
+
+
 def test_a_job_ends_with_its_runner(place: Path, tmp_path: Path) -> None:
     script = tmp_path / "wait.py"
     script.write_text("import time\nprint('here', flush=True)\ntime.sleep(600)\n")
