@@ -28,6 +28,8 @@ MAX_ARGUMENT_BYTES = 131_071
 MAX_ARGUMENTS_BYTES = 2_000_000 - 128_000
 """The kernel's limit for all of them together (a quarter of the default stack), less room for the environment."""
 MAX_INT = 2**63 - 1
+MAX_COUNT = 2**31
+"""More attempts than any job has; what another program wrote beyond it could not be written back."""
 
 
 def _whole(value: Any) -> Any:
@@ -140,7 +142,7 @@ class Counts:
     def from_document(cls, document: Mapping[str, Any]) -> Self:
         def count(name: str) -> int:
             value = document.get(name)
-            return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
+            return min(int(value), MAX_COUNT) if isinstance(value, int | float) and math.isfinite(value) else 0
 
         return cls(
             attempts=count("attempts"),
@@ -207,6 +209,11 @@ def _after_loss(counts: Counts) -> Verdict:
     if losses >= MAX_LOSSES:
         return Verdict(status=Status.FAILED, counter="losses", note=f"failed: lost {losses} times")
     return Verdict(status=Status.PENDING, counter="losses", note=f"lost ({losses} of {MAX_LOSSES}), back to pending")
+
+
+def lease_margin(lease_seconds: float) -> float:
+    """How long before its end a lease stops being relied on: time enough to kill everything."""
+    return min(2.0, lease_seconds * 0.2)
 
 
 def retry_delay(first_seconds: float, failures: int, jitter: float) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 import platform
 import random
 import time
@@ -46,7 +47,7 @@ from supervisor.messages import (
 from supervisor.metrics import Metrics, QueueState
 from supervisor.processes import clock
 from supervisor.settings import Settings
-from supervisor.store.jobs import JobStore
+from supervisor.store.jobs import JobStore, is_refusal
 from supervisor.store.reports import Reports
 from supervisor.store.supervisors import Identity, SupervisorStore
 from supervisor.store.transitions import Demand
@@ -61,8 +62,11 @@ COUNT_DUTY = 50
 """Counting takes at most one fiftieth of the time: a large collection is counted less often."""
 RETENTION_SECONDS = 600.0
 HEAD_SECONDS = 1.0
+ADOPT_SECONDS = 0.1
 STALE_BEAT_SECONDS = 15.0
-RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+RETRY_SECONDS = (0.25, 0.5, 1.0)
+RENEWALS = 6
+"""So often within its time a lease is renewed: an outage shorter than three quarters of it ends no job."""
 ERRAND = "errand"
 
 
@@ -127,18 +131,23 @@ class DutyThread:
                     self._perform(duty)
 
     def _perform(self, duty: Duty) -> None:
-        duty.due = clock() + RETRY_SECONDS[-1]
+        duty.due = unless_hastened = clock() + RETRY_SECONDS[-1]
 
         def run() -> None:
-            duty.due = clock() + duty.run()
+            following = duty.run()
+            if duty.due == unless_hastened:
+                duty.due = clock() + following
 
-        if not self._attempt(duty.name, run):
+        if not self._attempt(duty.name, run) and duty.due == unless_hastened:
             duty.due = clock() + RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS)) - 1]
 
     def _attempt(self, name: str, work: Callable[[], object]) -> bool:
         try:
             work()
         except StoreUnavailable as error:
+            if is_refusal(error):  # MongoDB is there, and one document is what is wrong
+                logger("keeper").error("duty_refused", duty=name, error=error)
+                return False
             self._failures += 1
             self._failing = self._failing | {name}
             self._store_state(name, error)
@@ -229,7 +238,8 @@ class Keeper:
         self._ready = False
         self._head_flagged = False
         self._registered_at = 0.0
-        renew_every = settings.lease_seconds / 3
+        self._adopted_at = 0.0
+        renew_every = settings.lease_seconds / RENEWALS
         self._lease_thread = DutyThread(
             "leases",
             [
@@ -365,8 +375,10 @@ class Keeper:
 
     def _renew_once(self, every: float) -> float:
         beat = self._view.beat
-        if not self._ready or beat is None or not beat.running:
+        if not self._ready or beat is None or not (beat.running or self._leases.has_waiting_results()):
             return every
+        if clock() - self._view.seen_at > max(STALE_BEAT_SECONDS, self._settings.lease_seconds):
+            return every  # the supervisor is stopped: nobody says that its jobs still run
         renewal = self._leases.renew_once([job.token for job in beat.running])
         self._tell(Renewed(renewal.kept, renewal.deadline))
         if renewal.lost:
@@ -377,6 +389,7 @@ class Keeper:
     def _reclaim_once(self, every: float) -> float:
         if self._ready:
             self._leases.replay_once()
+            self._leases.end_orphans_once()
             self._count_reclaimed("lease_expired", self._leases.reclaim_expired_once())
         return every * random.uniform(0.8, 1.2)  # supervisors that were started together need not look together
 
@@ -445,6 +458,7 @@ class Keeper:
         due = self._due_times.pop_due()
         if due and self._ready:
             self._tell(Wake(due))
+            self._look_for_next_due()
         following = self._due_times.next_in()
         return self._settings.poll_interval if following is None else min(following, self._settings.poll_interval)
 
@@ -456,7 +470,7 @@ class Keeper:
             return self._settings.poll_interval
         head = self._reports.head(Demand(queues=self._settings.queues, limit_mb=beat.budget_mb))
         needed = (head or {}).get("required_memory")
-        self._tell(QueueHead(int(needed) if isinstance(needed, int | float) else None))
+        self._tell(QueueHead(int(needed) if isinstance(needed, int | float) and math.isfinite(needed) else None))
         return HEAD_SECONDS
 
     def _count_once(self) -> float:
@@ -468,10 +482,15 @@ class Keeper:
             self._reports.jobs_by_status(),
             {name: QueueState(state.due, state.oldest_age_seconds) for name, state in queues.items()},
         )
+        self._look_for_next_due()
+        return max(COUNT_SECONDS, COUNT_DUTY * (time.monotonic() - began))
+
+    def _look_for_next_due(self) -> None:
+        """Those that were scheduled before this keeper listened to changes are known one at a time."""
         next_due, known = self._reports.next_due_in(only=self._settings.queues), self._due_times.next_in()
         if next_due is not None and (known is None or next_due < known):
             self._due_times.add(next_due)
-        return max(COUNT_SECONDS, COUNT_DUTY * (time.monotonic() - began))
+            self._report_thread.hasten("due")
 
     def _retention_once(self) -> float:
         days = self._settings.retention_days
@@ -518,8 +537,7 @@ class Keeper:
         if queues and change.queue is not None and change.queue not in queues:
             return
         if not change.is_complete:
-            with contextlib.suppress(StoreUnavailable):
-                self._jobs.adopt()
+            self._adopt_soon()
         delay = 0.0
         if change.scheduled_date is not None:
             delay = (change.scheduled_date - (change.at or datetime.now(UTC))).total_seconds()
@@ -528,6 +546,15 @@ class Keeper:
             self._report_thread.hasten("due")
         else:
             self._tell(Wake(1))
+
+    def _adopt_soon(self) -> None:
+        """At once, or, where another program inserts many at a time, together."""
+        if clock() - self._adopted_at < ADOPT_SECONDS:
+            self._report_thread.hasten("poll")
+            return
+        self._adopted_at = clock()
+        with contextlib.suppress(StoreUnavailable):
+            self._jobs.adopt()
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
 

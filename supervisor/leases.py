@@ -6,19 +6,20 @@ one more lease: their owners get the time to renew them, and to write the result
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from supervisor.errors import StoreUnavailable
 from supervisor.events import Logger, logger
+from supervisor.output import Chunk
 from supervisor.processes import clock
 from supervisor.spool import Spool
 from supervisor.states import Status
 from supervisor.store import transitions
-from supervisor.store.jobs import JobStore
+from supervisor.store.jobs import JobStore, is_refusal
 from supervisor.store.output import OutputStore
 from supervisor.store.supervisors import Identity, SupervisorStore
-from supervisor.output import Chunk
 
 Cause = Literal["startup", "lease_expired", "worker_died", "shutdown"]
 
@@ -56,6 +57,7 @@ class LeaseKeeper:
         identity: Identity,
         lease_seconds: float,
         margin_seconds: float,
+        end_orphans: Callable[[], int] = int,
         log: Logger | None = None,
     ) -> None:
         self._jobs = jobs
@@ -65,6 +67,8 @@ class LeaseKeeper:
         self._identity = identity
         self._lease_seconds = lease_seconds
         self._margin_seconds = margin_seconds
+        self._end_orphans = end_orphans
+        self._buried: set[str] = set()
         self._log = log or logger("leases")
         self._reclaim_from = 0.0
 
@@ -77,16 +81,28 @@ class LeaseKeeper:
         kept = [token for token in tokens if token not in lost]
         return Renewal(kept, sent + self._lease_seconds - self._margin_seconds, gone)
 
+    def has_waiting_results(self) -> bool:
+        """Whether results wait on disk: their jobs' leases are renewed, too."""
+        return bool(self._spool.names())
+
     def replay_once(self) -> int:
         """Writes the results that waited on disk, under the condition that they were made for; returns how many."""
         written = 0
         for token, record in self._spool.records():
-            if record is None:
-                self._log.error("spooled_result_unreadable", token=token)
+            try:
+                if record is None:
+                    raise ValueError("not JSON")
+                written += self._replay(token, record)
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                self._log.error("spooled_result_unreadable", token=token, error=error)
                 self._spool.set_aside(token)
-                continue
-            written += self._replay(token, record)
-            self._spool.remove(token)
+            except StoreUnavailable as error:
+                if not is_refusal(error):
+                    raise
+                self._log.error("spooled_result_refused", token=token, error=error)
+                self._spool.set_aside(token)
+            else:
+                self._spool.remove(token)
         return written
 
     def _replay(self, token: str, record: dict[str, Any]) -> bool:
@@ -105,14 +121,25 @@ class LeaseKeeper:
         return held
 
     def reclaim_startup_once(self) -> Reclaimed:
-        """Takes back what dead supervisors of this host left running. Their processes are gone already."""
-        dead = self._supervisors.dead_on(self._identity)
+        """Takes back what dead supervisors of this host left running, once their processes are gone."""
+        dead = self.end_orphans_once()
         if not dead:
             return Reclaimed()
         reclaimed = self._lose(transitions.of_supervisors(dead), "startup", "its supervisor died")
         for supervisor_id in dead:
             self._supervisors.remove(supervisor_id)
         return reclaimed
+
+    def end_orphans_once(self) -> list[str]:
+        """Ends the processes of supervisors of this host that died since the last time; returns all dead ones.
+
+        Their leases are about to end, and nobody else could know that their jobs still run.
+        """
+        dead = self._supervisors.dead_on(self._identity)
+        if not self._buried.issuperset(dead):
+            self._end_orphans()
+            self._buried.update(dead)
+        return dead
 
     def reclaim_worker_once(self, worker: str, cause: Cause) -> Reclaimed:
         """Takes back what a dead worker of this supervisor held."""

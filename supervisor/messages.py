@@ -7,9 +7,12 @@ with a message. Every message is one small JSON array; one too large for the soc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import socket
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, BinaryIO
@@ -17,6 +20,8 @@ from typing import Any, BinaryIO
 MAX_INLINE_BYTES = 60_000
 """Above this a message travels through a file: a socket's buffer holds 200 KB by default, of many messages."""
 MAX_DESCRIPTORS = 4
+AHEAD_SECONDS = 0.1
+"""So much work, at most, is claimed for a slot before it starts; it goes back when the job that runs takes longer."""
 
 # Operation of a worker or the keeper at MongoDB: name, seconds, whether it succeeded.
 Operation = tuple[str, float, bool]
@@ -24,6 +29,10 @@ Operation = tuple[str, float, bool]
 
 class ChannelClosed(Exception):
     """The other side is gone."""
+
+
+class ChannelFull(Exception):
+    """The other side has not read for a long time: it is stopped, or stuck."""
 
 
 # -- between the supervisor and everyone ------------------------------------------------------------------------------
@@ -418,21 +427,31 @@ class Channel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Sends one message; raises `ChannelClosed` when nobody will read it."""
+    def send(self, message: Message, descriptors: Sequence[int] = (), *, wait: bool = True) -> None:
+        """Sends one message; raises `ChannelClosed` when nobody will read it.
+
+        Where there is no room for it, waits for the other side to read; without `wait`, raises `ChannelFull`.
+        """
         data = encode(message)
+        flags = 0 if wait else socket.MSG_DONTWAIT
         try:
             if len(data) <= MAX_INLINE_BYTES and not descriptors:
-                self._socket.send(data)
+                self._socket.send(data, flags)
             elif len(data) <= MAX_INLINE_BYTES:
-                socket.send_fds(self._socket, [data], descriptors)
+                self._send(data, descriptors, flags)
             else:
                 with unnamed_file() as file:
                     file.write(data)
                     file.flush()
-                    socket.send_fds(self._socket, [b"file"], [*descriptors, file.fileno()])
+                    self._send(b"file", [*descriptors, file.fileno()], flags)
         except (BrokenPipeError, ConnectionResetError):
             raise ChannelClosed from None
+        except BlockingIOError:
+            raise ChannelFull from None
+
+    def _send(self, data: bytes, descriptors: Sequence[int], flags: int) -> None:
+        """What `socket.send_fds` does, which ignores its flags."""
+        self._socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))], flags)
 
     def receive(self) -> tuple[Message, list[int]]:
         """The next message and its descriptors; blocks; raises `ChannelClosed` at the end."""
@@ -445,6 +464,17 @@ class Channel:
         if data == b"file":
             data = _contents(descriptors.pop())
         return decode(data), descriptors
+
+    def has_message(self) -> bool:
+        """Whether `receive` would return, or raise, at once."""
+        poll = select.poll()  # select() knows no descriptor above 1023
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def end(self) -> None:
+        """The other side sees the end, behind everything that was sent; what it still says can be received."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._socket.close()

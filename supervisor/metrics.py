@@ -149,6 +149,12 @@ INSTRUMENTS = (
         "Highest memory seen of one attempt's whole tree of processes.",
         buckets=MEMORY_BUCKETS,
     ),
+    Instrument(
+        "gauge",
+        "memory_enforcement_info",
+        "Always 1; the label says whether jobs are only watched, or limited by the kernel, too.",
+        ("mode",),
+    ),
     Instrument("counter", "memory_kills_total", "Attempts that were killed because they used more than they may."),
     Instrument(
         "histogram",
@@ -213,6 +219,7 @@ class Metrics:
         host: str | None = None,
         supervisor_pid: int | None = None,
         queues: Iterable[str] = ("default",),
+        memory_enforcement: Literal["sampling", "cgroup"] = "sampling",
     ) -> None:
         """`queues` are shown from the start and even when nothing waits in them; `process_*` is about the
         process `supervisor_pid`, this one by default."""
@@ -230,6 +237,7 @@ class Metrics:
         self._served = tuple(self._queues.fold(queue) for queue in queues)
         self._shown: dict[str, set[str]] = {}
         self._gauges["info"].labels(version, platform.python_version(), host or socket.gethostname()).set(1)
+        self._gauges["memory_enforcement_info"].labels(memory_enforcement).set(1)
         for queue in self._served:
             self._counters["jobs_claimed_total"].labels(queue)
 

@@ -6,11 +6,12 @@ readable tails come out.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from dataclasses import dataclass
 
 CHUNK_BYTES = 65_536
+EXACT_CHUNKS = 10_000
+"""So many pieces are kept apart wherever the streams alternate; later ones are joined to the last of their stream."""
 TAIL_BYTES = 65_536
 """What of each stream the job's own log shows."""
 LIVE_TAIL_BYTES = 1_048_576
@@ -58,20 +59,24 @@ class OutputCapture:
             self._forget_oldest()
 
     def _extend(self, chunks: list[Chunk] | deque[Chunk], stream: str, data: bytes) -> None:
-        last = chunks[-1] if chunks else None
-        joins = (
-            last is not None
-            and last.seq == self._seq - 1
-            and last.stream == stream
-            and last.seq not in self._sent_tail
-            and len(last.data) + len(data) <= CHUNK_BYTES
-        )
-        if joins and last is not None:
+        last = self._open_chunk(chunks, stream)
+        if last is not None and len(last.data) + len(data) <= CHUNK_BYTES:
             last.data += data
         else:
             chunks.append(Chunk(self._seq, stream, self._offsets[stream], data))
             self._seq += 1
         self._offsets[stream] += len(data)
+
+    def _open_chunk(self, chunks: list[Chunk] | deque[Chunk], stream: str) -> Chunk | None:
+        """The chunk that what comes next may be joined to: the newest one, of this stream and not sent yet."""
+        back = 1 if self._seq < EXACT_CHUNKS else 2
+        for distance in range(1, min(back, len(chunks)) + 1):
+            chunk = chunks[-distance]
+            if chunk.seq != self._seq - distance or chunk.seq in self._sent_tail:
+                return None
+            if chunk.stream == stream:
+                return chunk
+        return None
 
     def _forget_oldest(self) -> None:
         while self._tail_bytes > self._tail_limit and len(self._tail) > 1:
@@ -110,8 +115,8 @@ class OutputCapture:
         if self._offsets[stream] > len(end):
             while end and 0x80 <= end[0] < 0xC0:  # the cut went through a character
                 end = end[1:]
-        text = end.decode("utf-8", "replace")
-        return re.sub(r"[^\r\n]*\r(?=[^\n])", "", text.replace("\r\n", "\n"))
+        lines = end.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+        return "\n".join(line[line.rfind("\r", 0, max(0, len(line) - 1)) + 1 :] for line in lines)
 
     def last_line(self, stream: str) -> str:
         """The last line of a stream that is not empty, cut to 300 characters."""

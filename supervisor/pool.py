@@ -12,21 +12,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import signal
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
 from supervisor.events import Logger, logger
-from supervisor.messages import Channel, ChannelClosed, ForkRunner, Message, Ping, Retire
-from supervisor.processes import clock, descendants, signal_descendants
+from supervisor.messages import Channel, ChannelClosed, ChannelFull, ForkRunner, Message, Ping, Retire
+from supervisor.processes import clock, descendants, kill_descendants, signal_descendants
 
 YOUNG_SECONDS = 10.0
 BACKOFF_SECONDS = (0.0, 0.2, 1.0, 5.0, 15.0, 30.0)
+MAX_STARTING = 32
+MAX_UNSENT = 1000
 LINGER_SECONDS = 5.0
 """How long the other half of a slot may take to end by itself."""
 PING_SECONDS = 10.0
+
+HANDLED_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1,
+)  # fmt: skip
+"""What the supervisor acts on, and its forks ignore."""
 
 RunWorker = Callable[[int, Channel, Channel], int]
 """What a forked worker runs: its worker number, and its channels to the supervisor and the runner; the exit code."""
@@ -50,24 +59,51 @@ class Child:
     channel: Channel
     started_at: float = field(default_factory=clock)
     heard_at: float = field(default_factory=clock)
-    pinged_at: float = field(default_factory=clock)
+    pinged_at: float = 0.0
     alive: bool = True
+    unsent: deque[Message] = field(default_factory=deque)
+    """What there was no room for: it does not read now. Bounded, since one that never does is ended as hung."""
 
     def send(self, message: Message, descriptors: Collection[int] = ()) -> bool:
-        """False when it is gone: its end is noticed where it is waited for."""
+        """Never waits. False when it is gone, or takes nothing more: its end is noticed where it is waited for."""
+        if not self.unsent and self._push(message, descriptors):
+            return True
+        if descriptors or not self.alive or len(self.unsent) >= MAX_UNSENT:
+            return False
+        self.unsent.append(message)
+        return self.flush()
+
+    def offer(self, message: Message) -> bool:
+        """The same for what will be said again: without room for it, nothing is kept."""
+        return not self.unsent and self._push(message) is True
+
+    def flush(self) -> bool:
+        """Sends what waits, as far as there is room; False when it is gone."""
+        while self.unsent:
+            sent = self._push(self.unsent[0])
+            if not sent:
+                return sent is not None
+            self.unsent.popleft()
+        return True
+
+    def _push(self, message: Message, descriptors: Collection[int] = ()) -> bool | None:
+        """False without room; None when it is gone."""
         try:
-            self.channel.send(message, tuple(descriptors))
+            self.channel.send(message, tuple(descriptors), wait=False)
             return True
         except ChannelClosed:
+            return None
+        except (ChannelFull, OSError):  # or no memory, or no descriptor, is left for it
             return False
 
     def is_hung(self, now: float, patience: float) -> bool:
         """Asks now and then; hung is who was asked and has been silent since for longer than `patience`."""
+        self.flush()
         if self.pinged_at > self.heard_at and now - self.pinged_at > patience:
             return True
         if self.heard_at >= self.pinged_at and now - max(self.heard_at, self.pinged_at) > PING_SECONDS:
             self.pinged_at = now
-            self.send(Ping())
+            self.offer(Ping())
         return False
 
 
@@ -166,6 +202,12 @@ class WorkerPool:
             self._log.warning("strays_killed", count=killed)
         return True
 
+    def kill_everything(self) -> None:
+        """At the very end, whatever has not ended by itself."""
+        report = kill_descendants(os.getpid(), skip=set(self._spared()))
+        if report.killed:
+            self._log.error("leftovers_killed", count=report.killed)
+
     def _known(self) -> set[int]:
         pids = {child.pid for slot in self.slots.values() for child in (slot.worker, slot.runner)}
         return pids | self._others | set(self._leaving) | set(self._spared())
@@ -173,9 +215,15 @@ class WorkerPool:
     # -- starting -----------------------------------------------------------------------------------------------------
 
     def fill(self, warm: Child) -> None:
-        """Starts slots until there are as many as desired."""
-        while len(self.slots) < self.desired and self.backoff.allows():
-            self._start_slot(warm)
+        """Starts slots until there are as many as desired, not too many at a time."""
+        starting = sum(slot.state is SlotState.STARTING for slot in self.slots.values())
+        while len(self.slots) < self.desired and starting < MAX_STARTING and self.backoff.allows():
+            try:
+                self._start_slot(warm)
+            except OSError as error:  # no process, descriptor or memory is left: later there may be
+                self._log.error("slot_not_started", error=error)
+                self.backoff.died(0.0)
+            starting += 1
 
     def _start_slot(self, warm: Child) -> None:
         number = next(number for number in range(len(self.slots) + 1) if number not in self.slots)
@@ -184,7 +232,7 @@ class WorkerPool:
         to_runner, runner_end = Channel.pair()
         worker_to_runner, runner_to_worker = Channel.pair()
         serial = self._serial
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             run_forked(lambda: self._run_worker(serial, worker_end, worker_to_runner), (worker_end, worker_to_runner))
         asked = warm.send(ForkRunner(number), (runner_to_worker.fileno(), runner_end.fileno()))
@@ -262,7 +310,7 @@ class WorkerPool:
         for slot in list(self.slots.values()):
             if slot.dying_since is None:
                 continue
-            if slot.worker.alive or slot.runner.alive:
+            if slot.worker.alive or slot.runner.alive or not _has_ended(slot.runner_pidfd):
                 self._help_along(slot)
             elif not self.kill_strays():
                 self._forget(slot)
@@ -275,8 +323,7 @@ class WorkerPool:
             return
         if slot.worker.alive:
             self.kill(slot.worker, "lingered")
-        if slot.runner.alive:
-            self.kill_runner(slot)
+        self.kill_runner(slot)
 
     def kill(self, child: Child, reason: str) -> None:
         """Ends a child of ours at once. It has not been reaped, so its id is still its own."""
@@ -284,7 +331,9 @@ class WorkerPool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)
 
-    def kill_runner(self, slot: Slot) -> None:
+    def kill_runner(self, slot: Slot, reason: str = "lingered") -> None:
+        if slot.runner.alive:
+            self._log.error("process_killed", role="runner", pid=slot.runner.pid, reason=reason)
         if slot.runner_pidfd is not None:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(slot.runner_pidfd, signal.SIGKILL)
@@ -309,8 +358,29 @@ class WorkerPool:
                 slot.worker.pinged_at = now
             if slot.runner.alive and slot.runner.pid and slot.runner.is_hung(now, patience):
                 self.restarts.append("runner_hung")
-                self.kill_runner(slot)
+                self.kill_runner(slot, "no sign of life")
                 slot.runner.pinged_at = now
+
+
+def _has_ended(pidfd: int | None) -> bool:
+    """A process closes its sockets before its children go to another parent; only then it has ended."""
+    if pidfd is None:
+        return True
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def fork() -> int:
+    """A fork that no signal meets: the child would put it into the pipe of its parent, who would count it twice."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid != 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
 
 
 def run_forked(run: Callable[[], int], channels: Collection[Channel], keep: Collection[int] = ()) -> None:
@@ -318,10 +388,10 @@ def run_forked(run: Callable[[], int], channels: Collection[Channel], keep: Coll
     code = 1
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+        for number in HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         close_descriptors_except({0, 1, 2, *keep, *(channel.fileno() for channel in channels)})
         code = run()
     except BaseException as error:

@@ -51,8 +51,15 @@ class Settings(BaseSettings):
     run_as: str | None = Field(
         None, min_length=1, description="User that jobs run as, if the supervisor runs as root. Default: its own user."
     )
+    isolation: Literal["none", "pidns"] = Field(
+        "none", description="pidns = each job in a PID namespace of its own that nothing escapes; needs root."
+    )
     memory_budget: int | None = Field(
         None, ge=1, description="MB that running jobs may reserve in all. Default: 90 % of what is available."
+    )
+    memory_enforcement: Literal["auto", "sampling", "cgroup"] = Field(
+        "auto",
+        description="sampling = jobs are watched, cgroup = the kernel limits them, too (cgroup v2), auto = if it can.",
     )
     memory_check_interval: float = Field(
         0.1, gt=0, le=60, description="Seconds, at most, between two looks at a job's memory; fewer near its limit."
@@ -96,7 +103,7 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("start_method", "log_format", "log_level", mode="before")
+    @field_validator("start_method", "isolation", "memory_enforcement", "log_format", "log_level", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.strip().lower() if isinstance(value, str) else value

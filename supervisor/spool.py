@@ -39,19 +39,19 @@ class Spool:
             os.close(descriptor)
 
     def names(self) -> list[str]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # leases are renewed with or without this disk
             return sorted(path.stem for path in self.directory.iterdir() if path.suffix == SUFFIX)
         return []
 
     def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        """Every record with its name; None where the file cannot be read."""
+        """Every record with its name; None where the file makes no sense."""
         for name in self.names():
             try:
                 with open(self.directory / f"{name}{SUFFIX}", encoding="utf-8") as file:
                     yield name, json.load(file)
-            except FileNotFoundError:
+            except OSError:  # removed by another keeper, or readable later
                 continue
-            except (OSError, ValueError):
+            except ValueError:
                 yield name, None
 
     def remove(self, name: str) -> None:

@@ -18,9 +18,11 @@ from enum import IntEnum
 
 from supervisor.errors import ConfigurationError
 from supervisor.events import Logger, logger
+from supervisor.job import lease_margin
 from supervisor.memory.budget import Budget
 from supervisor.memory.host import default_budget_mb, pressure
 from supervisor.messages import (
+    AHEAD_SECONDS,
     Admit,
     Beat,
     CancelRequested,
@@ -56,7 +58,7 @@ from supervisor.messages import (
     WorkerLost,
     WorkerReady,
 )
-from supervisor.pool import Backoff, Child, RunWorker, Slot, SlotState, WorkerPool, run_forked
+from supervisor.pool import Backoff, Child, RunWorker, Slot, SlotState, WorkerPool, fork, run_forked
 from supervisor.processes import become_subreaper, clock, reap
 from supervisor.settings import Settings
 from supervisor.states import Ending
@@ -66,10 +68,10 @@ TICK_SECONDS = 1.0
 BEAT_SECONDS = 0.1
 """At most so often the keeper hears what happened; at least once a tick."""
 SWEEP_SECONDS = 0.01
-AHEAD_SECONDS = 0.05
-"""So much work, at most, is claimed for a slot before it starts; `worker` hands back what would wait longer."""
 MAX_AHEAD = 16
 CAUTIOUS_SECONDS = 30.0
+PRELOAD_SECONDS = 600.0
+"""How long the warm interpreter may take to import what it is to preload."""
 STOP_SECONDS = 15.0
 """What workers and the keeper get to write their last words once no job is left."""
 
@@ -126,7 +128,8 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._pool = WorkerPool(self._selector, run_worker=run_worker, spared=spared)
         self._pool.desired = settings.workers
-        self._budget = Budget(settings.memory_budget or default_budget_mb())
+        self._default_budget_mb = default_budget_mb()  # of the start: later, running jobs use some of it
+        self._budget = Budget(settings.memory_budget or self._default_budget_mb)
         self._run_keeper = run_keeper
         self._start_warm = start_warm
         self._reload = reload
@@ -141,16 +144,19 @@ class Supervisor:
         self._retired: dict[int, Child] = {}
         self._store_up = True
         self._held: dict[str, Held] = {}
+        self._lost_workers: list[WorkerLost] = []
         self._announced = 0
         self._grants = 0
         self._claiming_ahead: int | None = None
         self._cautious_until = 0.0
         self._news = News()
         self._beat_at = 0.0
+        self._tick_at = 0.0
         self._sweep_at = 0.0
         self._interrupts = 0
         self._drain_deadline = float("inf")
         self._stop_deadline = float("inf")
+        self._jobs_stopped = False
         self._ready_said = False
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -187,11 +193,14 @@ class Supervisor:
     def _timeout(self) -> float:
         if self._sweep_at:
             return SWEEP_SECONDS
+        due = self._tick_at + TICK_SECONDS
         if self._news:
-            return max(0.0, self._beat_at + BEAT_SECONDS - clock())
-        return max(0.0, self._beat_at + TICK_SECONDS - clock())
+            due = min(due, self._beat_at + BEAT_SECONDS)
+        return max(0.0, due - clock())
 
     def _dispatch(self, key: selectors.SelectorKey) -> None:
+        if self._selector.get_map().get(key.fd) is not key:
+            return  # closed by what was dispatched before it
         source, owner = key.data
         if source == "signal":
             self._take_signals()
@@ -199,11 +208,16 @@ class Supervisor:
         child = owner if isinstance(owner, Child) else owner.worker if source == "worker" else owner.runner
         try:
             message, _ = child.channel.receive()
+            child.heard_at = clock()
+            self._handle(message, owner)
         except ChannelClosed:
             self._channel_closed(source, owner, child)
-            return
-        child.heard_at = clock()
-        self._handle(message, owner)
+        except Exception as error:  # whoever says what cannot be understood is replaced, with all that it holds
+            self._log.error("message_failed", role=child.role, pid=child.pid, error=error)
+            if source == "runner":
+                self._pool.kill_runner(owner, "not understood")
+            else:
+                self._pool.kill(child, "not understood")
 
     def _channel_closed(self, source: str, owner: Child | Slot, child: Child) -> None:
         if source == "runner" and isinstance(owner, Slot):
@@ -241,8 +255,10 @@ class Supervisor:
             case PreloadChanged(), Child():
                 self._log.info("preload_changed", module=message.module)
                 self._replace_warm()
+            case KeeperReady() | StoreState(), Child() if owner is not self._keeper:
+                pass  # from one that was replaced
             case KeeperReady(), Child():
-                self._keeper_ready = True
+                self._keeper_ready = self._store_up = True
                 self._look_at_queue()
             case Wake(), Child():
                 self._wake(message)
@@ -275,7 +291,8 @@ class Supervisor:
         self._answered(slot, claimed.grant)
         slot.grants.add(claimed.grant)
         slot.update_state()
-        deadline = clock() + self._settings.lease_seconds
+        lease = self._settings.lease_seconds
+        deadline = clock() + lease - lease_margin(lease)
         for job in claimed.jobs:
             self._held[job.token] = Held(job, slot, deadline=deadline)
         memory_mb = max((job.memory_mb for job in claimed.jobs), default=0)
@@ -365,6 +382,12 @@ class Supervisor:
     def _look_at_queue(self) -> None:
         """One idle worker looks; when it finds something, the next one does."""
         self._ask_another()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """A claim that is under way may have looked before what is announced now was there."""
+        for slot in self._pool.slots.values():
+            slot.asks_again = slot.asks_again or slot.claiming is not None
 
     def _ask_another(self) -> None:
         for slot in self._pool.slots.values():
@@ -382,7 +405,9 @@ class Supervisor:
                 self._grant(slot, idle=len(idle) - count)
         if any(slot.state is SlotState.IDLE for slot in up):
             return
-        self._announced = 0  # nobody is idle, and whoever becomes idle looks by itself
+        if self._announced:
+            self._look_again()
+            self._announced = 0  # nobody is idle, and whoever becomes idle after a job looks by itself
         for slot in up:
             if slot.hungry and slot.state is SlotState.BUSY and slot.claiming is None and self._may_claim_ahead():
                 self._grant(slot, idle=1)
@@ -425,13 +450,17 @@ class Supervisor:
         if self.phase >= Phase.STOPPING:
             return
         if self._warm is None and self._warm_backoff.allows():
-            self._warm = self._adopt(self._start_warm(self._settings))
+            self._warm = self._started(lambda: self._start_warm(self._settings), self._warm_backoff)
         if self._keeper is None and self._keeper_backoff.allows():
-            self._keeper = self._fork_keeper()
+            self._keeper = self._started(self._fork_keeper, self._keeper_backoff)
+            self._report_lost_workers()
         if self._warm is not None and self._warm_ready and self.phase is Phase.RUNNING:
             self._pool.fill(self._warm)
 
     def _child_died(self, pid: int, exit_code: int) -> None:
+        for slot in self._pool.slots.values():
+            if slot.worker.pid == pid and slot.worker.alive:
+                self._hear_out(slot.worker, slot)
         if self._pool.worker_died(pid, exit_code):
             return
         self._pool.discharge(pid)
@@ -448,11 +477,18 @@ class Supervisor:
             self._sweep_at = clock()  # an orphan: a runner has died
 
     def _forget(self, child: Child, reason: str, exit_code: int, backoff: Backoff) -> None:
+        self._hear_out(child, child)
         self._close(child)
         if self.phase < Phase.STOPPING:
             self._log.error(reason, pid=child.pid, exit_code=exit_code)
             self._pool.restarts.append(reason)
             backoff.died(clock() - child.started_at)
+
+    def _hear_out(self, child: Child, owner: Child | Slot) -> None:
+        """The last words of the dead: outcomes that were written, a runner that was forked."""
+        with contextlib.suppress(ChannelClosed):
+            while child.channel.has_message():
+                self._handle(child.channel.receive()[0], owner)
 
     def _close(self, child: Child) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -470,28 +506,39 @@ class Supervisor:
         for token in [token for token, held in self._held.items() if held.slot is slot]:
             del self._held[token]
         retired = slot.worker_name == ""
-        if not retired and self._keeper is not None:
+        if not retired:
             cause = "worker_died" if self.phase is Phase.RUNNING else "shutdown"
-            self._keeper.send(WorkerLost(slot.worker_name, slot.worker.pid, cause))
+            self._lost_workers.append(WorkerLost(slot.worker_name, slot.worker.pid, cause))
+            self._report_lost_workers()
 
-    def _adopt(self, child: Child) -> Child:
+    def _report_lost_workers(self) -> None:
+        while self._lost_workers and self._keeper is not None and self._keeper.send(self._lost_workers[0]):
+            del self._lost_workers[0]
+
+    def _started(self, start: Callable[[], Child], backoff: Backoff) -> Child | None:
+        try:
+            child = start()
+        except OSError as error:  # no process, descriptor or memory is left: later there may be
+            self._log.error("process_not_started", error=error)
+            backoff.died(0.0)
+            return None
         self._pool.account_for(child.pid)
         self._selector.register(child.channel.fileno(), selectors.EVENT_READ, ("child", child))
         return child
 
     def _fork_keeper(self) -> Child:
         ours, theirs = Channel.pair()
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             run_forked(lambda: self._run_keeper(theirs), (theirs,), keep=self._keeper_descriptors)
         theirs.close()
-        return self._adopt(Child("keeper", pid, ours))
+        return Child("keeper", pid, ours)
 
     def _replace_warm(self) -> None:
-        """The old one ends when its socket closes; its runners go on until their slots are replaced."""
+        """The old one forks what it was asked to, and ends; its runners go on until their slots are replaced."""
         if self._warm is not None:
             self._retired[self._warm.pid] = self._warm
-            self._close(self._warm)
+            self._warm.channel.end()
             self._warm = None
         self._warm_ready = False
         self._pool.replace_all()
@@ -500,17 +547,18 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = clock()
-        since = now - self._beat_at
-        if since < BEAT_SECONDS or (since < TICK_SECONDS and not self._news):
+        since, is_tick = now - self._beat_at, now - self._tick_at >= TICK_SECONDS
+        if not is_tick and (since < BEAT_SECONDS or not self._news):
             return
         self._beat_at = now
         beat = self._beat()
-        if self._keeper is not None and self._keeper.send(beat):
+        if self._keeper is not None and self._keeper.offer(beat):
             self._news = News()
             self._pool.restarts = []
         elif len(self._news.operations) > 10_000:
             self._news = News()  # without a keeper nobody counts
-        if since >= TICK_SECONDS:
+        if is_tick:
+            self._tick_at = now
             self._look_after_children(now)
             self._look_after_host()
             self._tell_systemd(beat)
@@ -518,12 +566,25 @@ class Supervisor:
     def _look_after_children(self, now: float) -> None:
         patience = max(10.0, self._settings.lease_seconds)
         self._pool.look_for_hung(patience)
-        for child in (self._keeper, self._warm):
-            if child is not None and child.is_hung(now, patience):
+        warm_patience = patience if self._warm_ready else PRELOAD_SECONDS
+        for child, its_patience in ((self._keeper, patience), (self._warm, warm_patience)):
+            if child is not None and child.is_hung(now, its_patience):
                 self._pool.kill(child, "no sign of life")
                 child.pinged_at = now
+        for child in self._retired.values():
+            if now - child.heard_at > 2 * patience:
+                self._pool.kill(child, "does not end")
         if self._pool.strays():
             self._sweep_at = now
+        self._end_overdue_runners(now)
+
+    def _end_overdue_runners(self, now: float) -> None:
+        """A runner ends its job by itself when the lease cannot be relied on any more. One that was stopped cannot."""
+        overdue = lease_margin(self._settings.lease_seconds) / 2
+        for held in self._held.values():
+            if held.slot.grants and held.slot.runner.alive and now > held.deadline + overdue:
+                self._log.error("runner_overdue", slot=held.slot.number, job_id=held.job.job_id)
+                self._pool.kill_runner(held.slot)
 
     def _look_after_host(self) -> None:
         """Other programs use memory too: while it is short, nothing more is claimed."""
@@ -620,10 +681,10 @@ class Supervisor:
 
     def stop_now(self) -> None:
         """The deadline of the drain is now."""
-        again = self._drain_deadline <= clock()
         self.drain()
         self._drain_deadline = clock()
-        self._stop_jobs(list(self._held), Ending.INTERRUPTED, now=again)
+        self._stop_jobs(list(self._held), Ending.INTERRUPTED, now=self._jobs_stopped)
+        self._jobs_stopped = True
 
     def add_worker(self) -> None:
         self._pool.desired += 1
@@ -635,13 +696,16 @@ class Supervisor:
 
     def reload(self) -> None:
         """Reads the settings again, and replaces everything that was made from them, without losing a job."""
+        if self.phase is not Phase.RUNNING:
+            self._log.warning("reload_refused", msg="the supervisor is about to end")
+            return
         try:
             self._settings = self._reload()
-        except ConfigurationError as error:
+        except (ConfigurationError, OSError, ValueError) as error:
             self._log.error("reload_refused", error=error, msg="the settings of before stay in force")
             return
         self._pool.desired = self._settings.workers
-        self._budget.resize(self._settings.memory_budget or default_budget_mb())
+        self._budget.resize(self._settings.memory_budget or self._default_budget_mb)
         self._replace_warm()
         if self._keeper is not None:
             self._keeper.send(Retire())
@@ -694,12 +758,15 @@ class Supervisor:
             self._stop_helpers()
         if self.phase is Phase.STOPPING and now >= self._stop_deadline:
             self._log.error("stop_timed_out", slots=len(self._pool.slots))
+            self._pool.kill_everything()
             self.phase = Phase.STOPPED
 
     def _stop_helpers(self) -> None:
         if self._warm is not None:
             self._retired[self._warm.pid] = self._warm
             self._close(self._warm)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._warm.pid, signal.SIGKILL)  # it holds nothing, and may be importing for long
             self._warm = None
         if self._keeper is not None:
             self._keeper.send(self._beat())

@@ -27,8 +27,9 @@ from typing import Any
 from supervisor.errors import InvalidJob, StoreUnavailable
 from supervisor.events import Logger, logger
 from supervisor.execution.task_roots import check_working_directory, resolve_script
-from supervisor.job import Counts, JobSpec, Outcome, Verdict, decide, outcome_of
+from supervisor.job import Counts, JobSpec, Outcome, Verdict, decide, lease_margin, outcome_of
 from supervisor.messages import (
+    AHEAD_SECONDS,
     Admit,
     Channel,
     ChannelClosed,
@@ -62,22 +63,15 @@ from supervisor.store.output import OutputStore
 from supervisor.store.transitions import Demand, Move, Owner
 
 FLUSH_SECONDS = 1.0
-AHEAD_SECONDS = 0.05
-"""Jobs are claimed ahead for at most this long, and go back when the one that runs takes longer."""
 LOW_WATER = 4
 """With so few jobs left that were claimed ahead, more are asked for."""
 RESULTS_TOGETHER = 16
-RESULTS_WAIT_SECONDS = 0.02
+RESULTS_WAIT_SECONDS = 0.05
 """While other jobs run, outcomes are written together, and wait for each other at most this long."""
 NEVER = float("inf")
 READ_BYTES = 65_536
 MB = 1_048_576
 SAMPLES_KEPT = 64
-
-
-def lease_margin(lease_seconds: float) -> float:
-    """How long before its end a lease stops being relied on: time enough to kill everything."""
-    return min(2.0, lease_seconds * 0.2)
 
 
 @dataclass(slots=True)
@@ -95,6 +89,8 @@ class Attempt:
     output: OutputCapture | None = None
     unsent: list[Chunk] = dataclasses.field(default_factory=list)
     """Output that MongoDB did not take while the job ran: it goes with the outcome."""
+    unremoved: list[int] = dataclasses.field(default_factory=list)
+    """Chunks (by `seq`) that MongoDB still has to drop."""
     ended: Ended | None = None
 
     @property
@@ -125,6 +121,10 @@ class Result:
     move: Move
     chunks: list[Chunk]
     removed: list[int]
+
+    def all_chunks(self) -> list[Chunk]:
+        """What MongoDB still lacks of the attempt's output."""
+        return _without(self.attempt.unsent, self.removed) + self.chunks
 
 
 @dataclass(slots=True)
@@ -246,6 +246,8 @@ class Worker:
         self._claiming = 0
         self._retiring = False
         self._asked = False
+        self._unsure: str | None = None
+        """The token of a claim that may have been applied; belongs to the store's thread."""
         self._pace = Pace()
         self._timers = Timers()
 
@@ -337,30 +339,56 @@ class Worker:
             else:
                 self._take_up([self._attempt(document, claim, deadline) for document in answer], claim)
 
-        self._thread.submit(lambda: self._claim_or_find(claim), claimed)
+        # What is to wait behind another job has not started, and may have to go back.
+        sure_mb = 0 if self._current is not None or self._ahead else claim.sure_mb
+        self._thread.submit(lambda: self._claim_or_find(claim, sure_mb), claimed)
 
     def _attempt(self, document: dict[str, Any], claim: Claim, deadline: float) -> Attempt:
         ahead = document["lock"].get("ahead") is True
         return Attempt(document, claim.grant, deadline, Counts.from_document(document), ahead)
 
-    def _claim_or_find(self, claim: Claim) -> list[dict[str, Any]]:
+    def _claim_or_find(self, claim: Claim, sure_mb: int) -> list[dict[str, Any]]:
         """A claim whose answer was lost may have been applied: it is looked up before anything else is claimed."""
         lease = self._settings.lease_seconds
         demand = Demand(queues=self._settings.queues, limit_mb=claim.limit_mb)
         token = secrets.token_hex(12)
+        self._return_unsure()
+        self._unsure = token
         try:
-            if claim.count > 1:
-                found = self._store.claim_ahead(self._owner, token, demand, lease, claim.count)
-                if found:
-                    return found
-            document = self._store.claim(self._owner, token, demand, lease, sure_mb=claim.sure_mb)
-            return [] if document is None else [document]
+            found = self._claim_ahead(token, demand, claim.count) if claim.count > 1 else []
+            if not found:
+                document = self._store.claim(self._owner, token, demand, lease, sure_mb=sure_mb)
+                found = [] if document is None else [document]
         except StoreUnavailable as error:
             if is_refusal(error):
-                self._store.refuse_unclaimable(demand, f"document: MongoDB cannot lock it: {error.__cause__}"[:500])
-                return []
-            held = self._store.held_by(self._owner.worker)
-            return [document for document in held if document["lock"]["token"].startswith(token)]
+                why = f"document: MongoDB cannot lock it: {error.__cause__}"[:500]
+                document = self._store.claim_or_refuse(self._owner, token, demand, lease, why)
+                found = [] if document is None else [document]
+            else:
+                found = self._held_with(token)
+        self._unsure = None
+        return found
+
+    def _claim_ahead(self, token: str, demand: Demand, count: int) -> list[dict[str, Any]]:
+        try:
+            return self._store.claim_ahead(self._owner, token, demand, self._settings.lease_seconds, count)
+        except StoreUnavailable as error:
+            if not is_refusal(error):
+                raise
+            return self._held_with(token)  # one of them cannot be locked: which one, a single claim will tell
+
+    def _held_with(self, token: str) -> list[dict[str, Any]]:
+        held = self._store.held_by(self._owner.worker)
+        return [document for document in held if document["lock"]["token"].startswith(token)]
+
+    def _return_unsure(self) -> None:
+        """What an earlier claim may have taken, when not even that could be asked, has not started."""
+        if self._unsure is not None:
+            documents = self._held_with(self._unsure)
+            moves = [transitions.give_back(document["_id"], document["lock"]["token"]) for document in documents]
+            if moves:
+                self._store.apply_all(moves, "give_back")
+            self._unsure = None
 
     def _take_up(self, attempts: list[Attempt], claim: Claim) -> None:
         valid = [attempt for attempt in attempts if self._examine(attempt)]
@@ -532,18 +560,26 @@ class Worker:
         if attempt is None or attempt.output is None or not attempt.output.has_news:
             return
         chunks, removed = attempt.output.take(final=False)
-        chunks, attempt.unsent = attempt.unsent + chunks, []
+        removed = attempt.unremoved + removed
+        chunks = _without(attempt.unsent + chunks, removed)
+        attempt.unsent, attempt.unremoved = [], []
         self._timers.flushing = True
+
+        def flush() -> None:
+            try:
+                self._outputs.append(attempt.key, attempt.number, chunks, removed)
+            except BaseException:  # known before the outcome is written, which this thread does, too
+                attempt.unsent, attempt.unremoved = chunks, removed
+                raise
 
         def flushed(answer: Any) -> None:
             self._timers.flushing = False
             if isinstance(answer, Exception):
-                attempt.unsent += chunks
                 self._log.warning("output_delayed", job_id=attempt.job_id, error=answer)
             if self._current is not None and self._current.output is not None and self._current.output.has_news:
                 self._timers.flush = clock() + FLUSH_SECONDS
 
-        self._thread.submit(lambda: self._outputs.append(attempt.key, attempt.number, chunks, removed), flushed)
+        self._thread.submit(flush, flushed)
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -616,6 +652,8 @@ class Worker:
             if not is_refusal(error):  # the outcome waits with its output: neither is written without the other
                 return [self._write_alone(result, error) for result in results]
             self._log.error("output_refused", jobs=len(results), error=error)
+        except Exception as error:  # what the driver cannot encode: the outcome matters more
+            self._log.error("output_refused", jobs=len(results), error=error)
         try:
             held = self._store.apply_all([result.move for result in results], "finish")
             return [(each, False) for each in held]
@@ -624,18 +662,17 @@ class Worker:
 
     def _write_output(self, results: list[Result]) -> None:
         self._outputs.append_all(
-            [(result.attempt.key, result.attempt.number, result.attempt.unsent + result.chunks) for result in results]
+            [(result.attempt.key, result.attempt.number, result.all_chunks()) for result in results]
         )
         for result in results:
-            if result.removed:
-                self._outputs.append(result.attempt.key, result.attempt.number, [], result.removed)
+            removed = result.attempt.unremoved + result.removed
+            if removed:
+                self._outputs.append(result.attempt.key, result.attempt.number, [], removed)
 
     def _write_alone(self, result: Result, error: StoreUnavailable) -> tuple[bool, bool]:
         attempt = result.attempt
         if is_refusal(error):
-            self._log.error("result_refused", job_id=attempt.job_id, attempt=attempt.number, error=error)
-            bare = transitions.finish_bare(attempt.key, attempt.token, result.outcome, result.verdict)
-            return self._store.apply(bare, "finish"), False
+            return self._write_refused(result), False
         self._log.warning("result_spooled", job_id=attempt.job_id, attempt=attempt.number, error=error)
         while True:
             try:
@@ -646,6 +683,25 @@ class Worker:
                 time.sleep(1.0)  # neither the disk nor MongoDB takes it: one of them will
                 with contextlib.suppress(StoreUnavailable):
                     return self._store.apply(result.move, "finish"), False
+
+    def _write_refused(self, result: Result) -> bool:
+        """One of the results that were to be written was refused: if it is this one, its outcome alone is written."""
+        attempt = result.attempt
+        if self._store.was_applied(result.move):
+            return True
+        try:
+            return self._store.apply(result.move, "finish")
+        except StoreUnavailable as error:
+            if not is_refusal(error):
+                raise
+            self._log.error("result_refused", job_id=attempt.job_id, attempt=attempt.number, error=error)
+            bare = transitions.finish_bare(attempt.key, attempt.token, result.outcome, result.verdict)
+            return self._store.apply(bare, "finish")
+
+
+def _without(chunks: list[Chunk], removed: list[int]) -> list[Chunk]:
+    gone = set(removed)
+    return [chunk for chunk in chunks if chunk.seq not in gone]
 
 
 def _waited(document: Mapping[str, Any]) -> float:
@@ -715,7 +771,7 @@ def _story(attempt: Attempt, outcome: Outcome, verdict: Verdict) -> list[str]:
 
 def _spooled(result: Result) -> dict[str, Any]:
     """The record of an outcome that waits on disk. Its job is found by the token: ids need not be JSON."""
-    chunks = result.attempt.unsent + result.chunks
+    chunks = result.all_chunks()
     return {
         "token": result.attempt.token,
         "job_id": result.attempt.job_id,

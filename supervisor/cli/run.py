@@ -15,9 +15,12 @@ from supervisor import execution
 from supervisor.cli.doctor import conflict_advice, conflicting_distribution
 from supervisor.errors import ConfigurationError, StoreUnavailable, SupervisorError
 from supervisor.events import configure_logging, logger
+from supervisor.execution.isolation import why_not_possible
 from supervisor.execution.orphans import MARKER, end_orphans, marker
+from supervisor.job import lease_margin
 from supervisor.keeper import Keeper
 from supervisor.leases import LeaseKeeper
+from supervisor.memory.cgroup import MemoryGroups, NoControlGroups
 from supervisor.messages import Channel
 from supervisor.metrics import Metrics
 from supervisor.pool import Child
@@ -38,7 +41,7 @@ from supervisor.store.supervisors import Identity, SupervisorStore
 from supervisor.store.transitions import Owner
 from supervisor.supervisor import Supervisor
 from supervisor.web.server import WebServer, listen
-from supervisor.worker import Worker, lease_margin
+from supervisor.worker import Worker
 
 WITHHELD = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
 """What systemd tells the supervisor is none of a job's business."""
@@ -51,6 +54,7 @@ START_SECONDS = 10.0
 def run(settings: Settings) -> int:
     """Supervises until a signal ends it; returns the exit code."""
     check_for_supervising(settings)
+    check_isolation(settings)
     conflict = conflicting_distribution()
     if conflict is not None:
         raise SupervisorError(f"{conflict}: {conflict_advice()}")
@@ -84,6 +88,26 @@ def check_reachable(uri: str) -> None:
         raise StoreUnavailable(problem)
 
 
+def check_isolation(settings: Settings) -> None:
+    """Raises `ConfigurationError` where jobs cannot be isolated as they are to be."""
+    if settings.isolation == "pidns":
+        reason = why_not_possible()
+        if reason is not None:
+            raise ConfigurationError(f"PID namespaces cannot be made here: {reason}", setting="ISOLATION")
+
+
+def memory_groups(settings: Settings) -> MemoryGroups | None:
+    """Where the kernel limits the memory of jobs; None: it does not. Raises `ConfigurationError`."""
+    if settings.memory_enforcement == "sampling":
+        return None
+    try:
+        return MemoryGroups.prepare()
+    except NoControlGroups as error:
+        if settings.memory_enforcement == "auto":
+            return None
+        raise ConfigurationError(f"memory cannot be limited here: {error}", setting="MEMORY_ENFORCEMENT") from None
+
+
 class Host:
     """Everything that the processes of one supervisor share: built before the first fork, changed by a reload."""
 
@@ -92,6 +116,7 @@ class Host:
         self._log = logger("supervisor")
         self._http = listen(settings.metrics_host, settings.metrics_port)
         self._embedded: EmbeddedMongo | None = None
+        self._groups: MemoryGroups | None = None
         self._uri = settings.mongo_uri
         self._pid = os.getpid()
         self._host = socket.gethostname()
@@ -103,6 +128,9 @@ class Host:
         if ended:
             self._log.warning("orphans_ended", count=ended, msg="processes of a supervisor that was killed")
         with contextlib.ExitStack() as cleanup:
+            self._groups = memory_groups(self.settings)
+            if self._groups is not None:
+                cleanup.callback(self._groups.release)
             if not self._uri:
                 self._use_embedded(cleanup)
             else:
@@ -155,6 +183,7 @@ class Host:
             host=self._host,
             supervisor_pid=self._pid,
             queues=self.settings.queues or ("default",),
+            memory_enforcement="sampling" if self._groups is None else "cgroup",
         )
         jobs = self._open_store("keeper", metrics.observe_operation, selection_timeout_seconds=5.0)
         supervisors = SupervisorStore(jobs)
@@ -166,6 +195,7 @@ class Host:
             identity=self._identity,
             lease_seconds=self.settings.lease_seconds,
             margin_seconds=lease_margin(self.settings.lease_seconds),
+            end_orphans=end_orphans,
         )
         keeper = Keeper(
             supervisor,
@@ -198,7 +228,13 @@ class Host:
         return Child("warm interpreter", process.pid, ours)
 
     def _warm_orders(self, settings: Settings) -> str:
-        return json.dumps({"preload": settings.preload, "oom_score_adj": min(100, settings.oom_score_adj // 2)})
+        orders = {
+            "preload": settings.preload,
+            "oom_score_adj": min(100, settings.oom_score_adj // 2),
+            "isolated": settings.isolation == "pidns",
+            "memory_groups": self._groups.prefix if self._groups is not None else None,
+        }
+        return json.dumps(orders)
 
     def _open_store(self, app: str, observe: Observe, *, selection_timeout_seconds: float) -> JobStore:
         client = connect(self._uri, app=app, selection_timeout_seconds=selection_timeout_seconds)
@@ -234,6 +270,11 @@ class Host:
         """The settings as they are now; raises `ConfigurationError`, and changes nothing, when one is wrong."""
         fresh = load_settings()
         check_for_supervising(fresh)
+        check_isolation(fresh)
+        if fresh.memory_enforcement != self.settings.memory_enforcement:
+            raise ConfigurationError(
+                "cannot change while the supervisor runs: restart it", setting="MEMORY_ENFORCEMENT"
+            )
         if fresh.mongo_uri != self.settings.mongo_uri or fresh.data_dir != self.settings.data_dir:
             raise ConfigurationError(
                 "cannot change while the supervisor runs: restart it", setting="MONGO_URI"

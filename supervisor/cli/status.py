@@ -62,7 +62,8 @@ def used_by_job(supervisors: Sequence[Document]) -> dict[str, float]:
 
 def _plain_supervisor(supervisor: Document) -> dict[str, Any]:
     kept = {name: value for name, value in supervisor.items() if name not in ("_id", "jobs")}
-    jobs = [{k: v for k, v in job.items() if k != "token"} for job in supervisor.get("jobs") or []]
+    known = [job for job in supervisor.get("jobs") or [] if isinstance(job, Mapping)]
+    jobs = [{k: v for k, v in job.items() if k != "token"} for job in known]
     return {"id": supervisor["_id"], **kept, "jobs": jobs}
 
 

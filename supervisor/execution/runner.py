@@ -19,14 +19,17 @@ import select
 import signal
 import time
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import psutil
 
 from supervisor.execution import child
 from supervisor.execution.child import Launch
+from supervisor.execution.isolation import INIT_PID, Isolation, main_process, signal_main_process
 from supervisor.execution.spare import Spare, fork_spare
+from supervisor.memory.cgroup import SlotGroup, hard_limit_mb
 from supervisor.memory.monitor import MemoryMonitor, Overrun
-from supervisor.messages import Channel, ChannelClosed, Ended, Extend, Message, Ping, Pong, Run, Stop, Usage
+from supervisor.messages import Channel, ChannelClosed, ChannelFull, Ended, Extend, Message, Ping, Pong, Run, Stop, Usage
 from supervisor.processes import (
     become_subreaper,
     clock,
@@ -58,6 +61,10 @@ class Interpreter:
     environment: dict[str, str]
     top_level_modules: frozenset[str]
     usable: bool
+    isolated: bool = False
+    """Whether each job gets a PID namespace of its own."""
+    memory_groups: str | None = None
+    """What the paths of the slots' control groups begin with; None: memory is watched by sampling alone."""
 
 
 @dataclass(slots=True)
@@ -79,6 +86,8 @@ class Attempt:
     reported_mb: int = 0
     report_at: float = 0.0
     warned: bool = False
+    stopped_at_mb: int = 0
+    """The hard limit, if the kernel ended the job there."""
     story: list[str] = field(default_factory=list)
 
     def next_look(self) -> float:
@@ -95,12 +104,15 @@ class Attempt:
 class Runner:
     """The main loop of one slot's runner."""
 
-    def __init__(self, worker: Channel, supervisor: Channel, interpreter: Interpreter) -> None:
+    def __init__(self, worker: Channel, supervisor: Channel, interpreter: Interpreter, slot: int = 0) -> None:
         self._worker = worker
         self._supervisor = supervisor
         self._interpreter = interpreter
         self._attempt: Attempt | None = None
         self._spare: Spare | None = None
+        self._isolation = Isolation() if interpreter.isolated else None
+        groups = interpreter.memory_groups
+        self._group = SlotGroup(f"{groups}-{slot}") if groups is not None else None
         self._own_rss: int = psutil.Process().memory_info().rss
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._errors, self._errors_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -123,6 +135,8 @@ class Runner:
                     return launch
         except ChannelClosed:
             kill_descendants(os.getpid())
+            if self._group is not None:
+                self._group.remove()
             return None
 
     def _turn(self) -> Launch | None:
@@ -147,7 +161,7 @@ class Runner:
 
     def _timeout_ms(self) -> float | None:
         if self._attempt is None:
-            return SPARE_AFTER_SECONDS * 1000 if self._spare is None else None
+            return SPARE_AFTER_SECONDS * 1000 if self._spare is None and self._isolation is None else None
         # poll() counts in whole milliseconds and rounds up, which is late enough to not spin.
         return max(0.0, (self._attempt.next_look() - clock()) * 1000)
 
@@ -174,15 +188,19 @@ class Runner:
 
     def _start(self, run: Run, descriptors: list[int]) -> Launch | None:
         stdout, stderr = descriptors
+        if clock() >= run.deadline:  # somebody else may run it by now
+            self._refuse(run, descriptors, Ending.LEASE_ENDED, "its lease ended before it was started")
+            return None
         interpreter = self._interpreter
         launch = Launch(
             path=run.path,
             args=run.args,
-            env={**interpreter.environment, **(run.user_env or {}), **run.env},
+            env=run.env if run.user_env is None else {**interpreter.environment, **run.user_env, **run.env},
             cwd=run.cwd,
             start_method=run.start_method,
             python=run.python,
             run_as=run.run_as,
+            adds=run.user_env is None,
         )
         story = []
         if run.start_method == "warm":
@@ -190,11 +208,22 @@ class Runner:
             if reason is not None:
                 launch = launch.executed()
                 story.append(f"started by exec, not warm: {reason}")
+        if self._group is not None:
+            self._limit_memory(self._group, run.limit_mb, story)
         runner_pid = os.getpid()
         started = clock()
-        pid = self._use_spare(launch, stdout, stderr) or os.fork()
+        pid = self._use_spare(launch, stdout, stderr)
         if pid == 0:
-            return self._enter(launch, stdout, stderr, runner_pid)
+            prepared = child.before_fork(launch)
+            try:
+                pid = self._fork()
+            except OSError as error:  # no process is left
+                child.after_fork(prepared)
+                self._refuse(run, descriptors, Ending.START_FAILED, f"could not be started: fork: {error.strerror}")
+                return None
+            if pid == 0:
+                return self._enter(prepared, stdout, stderr, runner_pid)
+            child.after_fork(prepared)
         os.close(stdout)
         os.close(stderr)
         self._attempt = Attempt(
@@ -207,6 +236,31 @@ class Runner:
             story=story,
         )
         return None
+
+    def _refuse(self, run: Run, descriptors: list[int], ending: Ending, error: str) -> None:
+        """Ends an attempt that never had a process."""
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._worker.send(Ended(run.token, ending.value, None, error, 0.0, None, None, 0, [], []))
+
+    def _limit_memory(self, group: SlotGroup, limit_mb: int, story: list[str]) -> None:
+        try:
+            group.limit(limit_mb)
+        except OSError as error:
+            story.append(f"memory: watched only, the hard limit could not be set: {error.strerror}: {error.filename}")
+
+    def _fork(self) -> int:
+        """0 in the job. The process that is known to the runner may be the job's `init`."""
+        if self._isolation is None:
+            return os.fork()
+        runner_pid = os.getpid()
+        try:
+            return self._isolation.fork()
+        except OSError as error:
+            pid = os.fork() if os.getpid() == runner_pid else 0
+            if pid == 0:
+                self._cannot_start(error)
+            return pid
 
     def _use_spare(self, launch: Launch, stdout: int, stderr: int) -> int:
         """The process id of the spare that has become the job; 0 without one."""
@@ -221,7 +275,10 @@ class Runner:
     def _fork_spare(self) -> Launch | None:
         """While nothing is to be done, the next job's process is forked."""
         runner_pid = os.getpid()
-        forked = fork_spare()
+        try:
+            forked = fork_spare()
+        except OSError:  # no process is left: there may be one when the next job comes
+            return None
         if isinstance(forked, Spare):
             self._spare = forked
             return None
@@ -233,7 +290,7 @@ class Runner:
             return "the warm interpreter is not usable"
         return child.why_not_warm(
             launch,
-            base_env={**self._interpreter.environment, **user_env},
+            base_env={**self._interpreter.environment, **user_env} if user_env else self._interpreter.environment,
             top_level_names=self._interpreter.top_level_modules,
             python=launch.python,
         )
@@ -242,18 +299,24 @@ class Runner:
         """In the new process: becomes the job, or says why it cannot."""
         try:
             null = os.open(os.devnull, os.O_RDONLY)
-            child.enter(launch, null, stdout, stderr, runner_pid=runner_pid, keep=(self._errors_end,))
+            if self._group is not None:
+                self._group.join()
+            parent_pid = runner_pid if self._isolation is None else INIT_PID
+            child.enter(launch, null, stdout, stderr, runner_pid=parent_pid, keep=(self._errors_end,))
             if launch.start_method == "exec":
                 child.execute(launch)
             os.close(self._errors_end)
             return launch
         except BaseException as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-            if isinstance(error, OSError) and error.filename is not None:
-                reason = f"{reason}: {os.fsdecode(error.filename)}"
-            with contextlib.suppress(OSError):
-                os.write(self._errors_end, json.dumps(f"could not be started: {reason}").encode())
-            os._exit(START_FAILED_EXIT_CODE)
+            self._cannot_start(error)
+
+    def _cannot_start(self, error: BaseException) -> NoReturn:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{reason}: {os.fsdecode(error.filename)}"
+        with contextlib.suppress(OSError):
+            os.write(self._errors_end, json.dumps(f"could not be started: {reason}").encode())
+        os._exit(START_FAILED_EXIT_CODE)
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
@@ -282,8 +345,10 @@ class Runner:
         if now < attempt.first_look:
             return False
         run = attempt.run
+        # A job's `init` is a fork of the runner and shares with the job what the runner does.
+        root = os.getpid() if self._isolation is None else attempt.pid
         attempt.monitor = MemoryMonitor(
-            os.getpid(), run.limit_mb * MB, interval=run.check_interval_seconds, clock=clock
+            root, run.limit_mb * MB, interval=run.check_interval_seconds, clock=clock
         )
         for pid in descendants(os.getpid()):
             set_oom_score_adj(run.oom_score_adj, pid)  # its children inherit it
@@ -309,18 +374,22 @@ class Runner:
         self._signal_main(attempt, signal.SIGUSR1)
 
     def _signal_main(self, attempt: Attempt, number: int) -> None:
+        if self._isolation is not None:
+            signal_main_process(attempt.pid, number)
+            return
         with contextlib.suppress(ProcessLookupError):
             os.kill(attempt.pid, number)  # our child, and not reaped: its id is its own
 
     def _dump_traceback(self, attempt: Attempt) -> None:
         """Has a warm job write where its threads are to its standard error, and gives it a moment to do so."""
-        ours, theirs = process_stat(os.getpid()), process_stat(attempt.pid)
+        pid = attempt.pid if self._isolation is None else main_process(attempt.pid)
+        ours, theirs = process_stat(os.getpid()), process_stat(pid) if pid is not None else None
         if not attempt.warm or ours is None or theirs is None or theirs.image != ours.image or theirs.ended:
             return  # another program by now: the signal would end it
         self._signal_main(attempt, child.TRACEBACK_SIGNAL)
         attempt.story.append("where its threads were then is at the end of its standard error")
         give_up = clock() + TRACEBACK_SECONDS
-        while clock() < give_up and has_pending_signal(attempt.pid, child.TRACEBACK_SIGNAL):
+        while clock() < give_up and has_pending_signal(theirs.pid, child.TRACEBACK_SIGNAL):
             time.sleep(0.0005)
         time.sleep(0.001)  # the handler has begun; it needs some 100 µs
 
@@ -359,7 +428,11 @@ class Runner:
         """The main process has ended: what it left behind ends with it, and only then the job is over."""
         ended = clock()
         leftovers = 0 if alone else kill_descendants(os.getpid()).killed
+        if self._isolation is not None:
+            exit_code, leftovers = self._isolation.outcome(exit_code)
         self._attempt = None
+        if self._group is not None and exit_code == -signal.SIGKILL and attempt.ending is Ending.EXITED:
+            self._judge_kill(attempt, self._group)
         if exit_code == START_FAILED_EXIT_CODE:
             error = self._start_error()
             if error is not None:
@@ -380,9 +453,25 @@ class Runner:
         )
         if attempt.monitor is not None:
             attempt.monitor.close()
+        if self._group is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._group.clear()
+
+    def _judge_kill(self, attempt: Attempt, group: SlotGroup) -> None:
+        """Somebody killed the job: was it the kernel, because of its memory?"""
+        with contextlib.suppress(OSError):
+            if group.has_killed():
+                limit_mb = attempt.run.limit_mb
+                attempt.ending, attempt.stopped_at_mb = Ending.MEMORY_EXCEEDED, hard_limit_mb(limit_mb)
+                attempt.error = (
+                    f"used {attempt.stopped_at_mb} MB of the {limit_mb} MB in required_memory: "
+                    "ended by the kernel at the hard limit of its control group"
+                )
 
     def _peak_mb(self, attempt: Attempt, peak_rss: int) -> int:
         """A job that ended before the first look is judged by what the kernel counted beyond what it inherited."""
+        if attempt.stopped_at_mb:
+            return attempt.stopped_at_mb
         if attempt.monitor is not None and attempt.monitor.peak:
             return -(-attempt.monitor.peak // MB)
         return max(1, -(-(peak_rss - self._own_rss) // MB))
@@ -402,7 +491,8 @@ class Runner:
         used_mb = -(-used // MB)
         if now >= attempt.report_at and used_mb != attempt.reported_mb:
             attempt.reported_mb, attempt.report_at = used_mb, now + USAGE_INTERVAL_SECONDS
-            self._supervisor.send(Usage(attempt.run.token, used_mb))
+            with contextlib.suppress(ChannelFull):  # a supervisor that is stopped must not stop us
+                self._supervisor.send(Usage(attempt.run.token, used_mb), wait=False)
 
 
 def _with_deadline(run: Run, deadline: float) -> Run:

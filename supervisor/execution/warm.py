@@ -120,16 +120,21 @@ class WarmInterpreter:
             self._supervisor.send(Pong())
         elif isinstance(message, ForkRunner):
             worker, supervisor = descriptors
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:  # no process is left: with the sockets closed, the supervisor tries again later
+                pid = -1
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 os.close(self._wakeup)
                 os.close(self._wakeup_end)
                 self._supervisor.close()
-                return Runner(Channel.from_descriptor(worker), Channel.from_descriptor(supervisor), self._interpreter)
+                channels = Channel.from_descriptor(worker), Channel.from_descriptor(supervisor)
+                return Runner(*channels, self._interpreter, message.slot)
             os.close(worker)
             os.close(supervisor)
-            self._supervisor.send(RunnerForked(message.slot, pid))
+            if pid > 0:
+                self._supervisor.send(RunnerForked(message.slot, pid))
         return None
 
     def _look_at_files(self) -> None:
@@ -163,6 +168,8 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
         environment=dict(os.environ),
         top_level_modules=frozenset(name.partition(".")[0] for name in sys.modules) - {"__main__", "supervisor"},
         usable=usable,
+        isolated=orders["isolated"],
+        memory_groups=orders["memory_groups"],
     )
     files = loaded_files(before) if wanted else {}
     fork_hooks.stop_holding_back()

@@ -228,6 +228,9 @@ class MemoryMonitor:
                 known.faults = process.page_faults
                 return
             self._members.pop(pid).close()  # it executed another program: all its memory is new
+        parent = self._members.get(process.parent)
+        if parent is not None and parent.image != process.image:
+            self._meet(process.parent, now)  # it may have executed this program since, or have been just about to
         try:
             member = _Member(process)
         except OSError:

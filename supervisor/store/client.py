@@ -10,7 +10,7 @@ from pymongo import MongoClient
 from pymongo.errors import (
     ConfigurationError as DriverConfigurationError,
 )
-from pymongo.errors import ConnectionFailure, InvalidURI, OperationFailure, PyMongoError, WTimeoutError
+from pymongo.errors import BulkWriteError, ConnectionFailure, InvalidURI, OperationFailure, PyMongoError, WTimeoutError
 
 from supervisor.errors import ConfigurationError, StoreUnavailable
 from supervisor.settings import masked
@@ -19,8 +19,14 @@ Document = dict[str, Any]
 
 _TIMEOUTS = " (configured timeouts: socketTimeoutMS: 10000.0ms, connectTimeoutMS: 10000.0ms)"
 _AUTHENTICATION_CODES = {13, 18}
-_PASSING_CODES = {6, 7, 64, 89, 91, 112, 189, 202, 262, 9001, 10107, 11600, 11602, 13388, 13435, 13436, 50, 134, 317}
-"""Errors of a server that is electing, shutting down or overloaded: the same statement succeeds later."""
+_PASSING_CODES = {
+    6, 7, 50, 64, 89, 91, 112, 134, 175, 189, 202, 262, 317, 9001, 10107, 11600, 11602, 13388, 13435, 13436,
+}  # fmt: skip
+"""Errors of a server that is electing, shutting down or overloaded, or whose indexes change: the same statement
+succeeds later."""
+_ABOUT_THE_DOCUMENT_CODES = {14, 28, 40, 52, 55, 57, 66, 241, 10334}
+_FIRST_ASSERTION_CODE = 14_000
+"""From here on codes are those of assertions: an expression of ours could not be evaluated."""
 
 
 def connect(uri: str, *, app: str, selection_timeout_seconds: float = 30.0) -> MongoClient[Document]:
@@ -36,6 +42,8 @@ def connect(uri: str, *, app: str, selection_timeout_seconds: float = 30.0) -> M
             uri,
             appname=f"mongo-job-supervisor {app}",
             tz_aware=True,
+            datetime_conversion="DATETIME_AUTO",  # other programs' dates may be none that Python knows,
+            unicode_decode_error_handler="replace",  # and their text none that is UTF-8
             w="majority",
             retryWrites=True,
             retryReads=True,
@@ -55,6 +63,23 @@ def is_passing(error: PyMongoError) -> bool:
     if isinstance(error, OperationFailure):
         return error.code in _PASSING_CODES or error.has_error_label("RetryableWriteError")
     return False
+
+
+def is_about_document(error: PyMongoError) -> bool:
+    """Whether the server cannot make this very write, now or later. Everything else may be about the server: a full
+    disk, a quota, an index that is being changed. Nothing may be given up because of that."""
+    if not isinstance(error, OperationFailure) or is_passing(error):
+        return False
+    code = error.code or 0
+    return code in _ABOUT_THE_DOCUMENT_CODES or code > _FIRST_ASSERTION_CODE
+
+
+def first_failure(error: BulkWriteError, *, ignoring: int | None = None) -> OperationFailure | None:
+    """The first reason why a bulk write is not entirely done, other than the code that is ignored."""
+    for problem in (*error.details.get("writeErrors", ()), *error.details.get("writeConcernErrors", ())):
+        if problem.get("code") != ignoring:
+            return OperationFailure(str(problem.get("errmsg")), problem.get("code"))
+    return None
 
 
 @contextmanager

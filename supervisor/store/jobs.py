@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from bson import ObjectId
 from bson.errors import InvalidDocument, InvalidId
@@ -21,19 +21,33 @@ from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, 
 from supervisor.errors import DuplicateJob, InvalidJob, StoreUnavailable
 from supervisor.states import Status
 from supervisor.store import schema, transitions
-from supervisor.store.client import is_passing, named
+from supervisor.store.client import first_failure, is_about_document, named
 from supervisor.store.transitions import Demand, Move, Owner
 
 Document = dict[str, Any]
 Observe = Callable[[str, float, bool], None]
 
+Answer = TypeVar("Answer")
+
+BAD_VALUE = 2
 _TOO_LARGE_CODES = {10334, 17419, 17420}
 _IDS_WITH_TEXT = (ObjectId, str, int)
+_STORY_FREE = {"logs": False, "env": False, "python_args": False}
 _TRACES = {"status": True, "attempts": True, "lock.token": True}
 
 
 def ignore(operation: str, seconds: float, succeeded: bool) -> None:
     """Observes nothing."""
+
+
+def by_index(name: str, ask: Callable[[str | None], Answer]) -> Answer:
+    """Asks by an index; without it where nobody has made it yet, or while a newer version makes it anew."""
+    try:
+        return ask(name)
+    except OperationFailure as error:
+        if error.code != BAD_VALUE:
+            raise
+        return ask(None)
 
 
 def possible_ids(job_id: Any) -> list[Any]:
@@ -123,12 +137,15 @@ class JobStore:
         """Locks the first due job, atomically, or returns None. One of up to `sure_mb` counts as started."""
         index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
         with self.operation("claim"):
-            return self.collection.find_one_and_update(
-                transitions.due(demand),
-                transitions.claim_update(owner, token, lease_seconds, sure_mb=sure_mb),
-                sort=schema.CLAIM_SORT,
-                hint=index,
-                return_document=ReturnDocument.AFTER,
+            return by_index(
+                index,
+                lambda hint: self.collection.find_one_and_update(
+                    transitions.due(demand),
+                    transitions.claim_update(owner, token, lease_seconds, sure_mb=sure_mb),
+                    sort=schema.CLAIM_SORT,
+                    hint=hint,
+                    return_document=ReturnDocument.AFTER,
+                ),
             )
 
     def claim_ahead(
@@ -137,10 +154,15 @@ class JobStore:
         """Locks up to `count` due jobs, in the order of running; another claimer may take some of them first."""
         index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
         with self.operation("claim"):
-            cursor = self.collection.find(
-                transitions.due(demand), {"_id": True}, sort=schema.CLAIM_SORT, hint=index, limit=count
+            found = by_index(
+                index,
+                lambda hint: list(
+                    self.collection.find(
+                        transitions.due(demand), {"_id": True}, sort=schema.CLAIM_SORT, hint=hint, limit=count
+                    )
+                ),
             )
-            order = [document["_id"] for document in cursor]
+            order = [document["_id"] for document in found]
             ids = [job_id for job_id in order if isinstance(job_id, _IDS_WITH_TEXT)]
             if not ids or len(ids) < len(order):
                 return []  # an id that has no text form: such jobs are claimed one by one
@@ -159,33 +181,53 @@ class JobStore:
         """Every job that this worker holds: asked after a claim whose answer was lost."""
         with self.operation("find_claim"):
             condition = {"status": Status.RUNNING.value, "lock.worker": worker}
-            return list(self.collection.find(condition, hint=schema.LEASE_INDEX))
+            return self._running(condition)
 
     def claimed_with(self, token: str) -> Document | None:
         """The job that a claim with this token took, if it did: asked after a claim whose answer was lost."""
         with self.operation("find_claim"):
-            return self.collection.find_one(
-                {"status": Status.RUNNING.value, "lock.token": token}, hint=schema.LEASE_INDEX
-            )
+            found = self._running({"status": Status.RUNNING.value, "lock.token": token}, limit=1)
+            return found[0] if found else None
 
-    def refuse_unclaimable(self, demand: Demand, error: str) -> Any:
-        """Fails the first due job, which the server could not lock (a document at the size limit); returns its id."""
+    def _running(self, condition: Document, projection: Document | None = None, *, limit: int = 0) -> list[Document]:
+        return by_index(
+            schema.LEASE_INDEX,
+            lambda hint: list(self.collection.find(condition, projection, hint=hint, limit=limit)),
+        )
+
+    def claim_or_refuse(
+        self, owner: Owner, token: str, demand: Demand, lease_seconds: float, error: str
+    ) -> Document | None:
+        """Locks the first due job, or fails it when the server cannot lock it (a document at the size limit).
+
+        Asked after a claim that was refused: by now another worker may have failed that job, and the first is a
+        sound one.
+        """
         index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
         with self.operation("refuse"):
-            head = self.collection.find_one(
-                transitions.due(demand), {"_id": True}, sort=schema.CLAIM_SORT, hint=index
+            head = by_index(
+                index,
+                lambda hint: self.collection.find_one(
+                    transitions.due(demand), {"_id": True}, sort=schema.CLAIM_SORT, hint=hint
+                ),
             )
             if head is None:
                 return None
             condition = {"_id": head["_id"], "status": Status.PENDING.value}
-            fields = {"status": Status.FAILED.value, "reason": "invalid_job", "error": error}
+            update = transitions.claim_update(owner, token, lease_seconds)
+            try:
+                return self.collection.find_one_and_update(condition, update, return_document=ReturnDocument.AFTER)
+            except OperationFailure as failure:
+                if not is_about_document(failure):
+                    raise
+            fields = {"status": Status.FAILED.value, "reason": "invalid_job", "error": error, "exit_code": None}
             try:
                 self.collection.update_one(condition, {"$set": fields})
             except OperationFailure as failure:
                 if failure.code not in _TOO_LARGE_CODES:
                     raise
                 self.collection.update_one(condition, {"$set": {"status": Status.FAILED.value}})
-            return head["_id"]
+            return None
 
     def apply(self, move: Move, operation: str) -> bool:
         """Makes one move; False: its condition did not hold, and nothing was written."""
@@ -193,7 +235,10 @@ class JobStore:
             return self.collection.update_one(move.filter, move.update).matched_count == 1
 
     def apply_all(self, moves: Sequence[Move], operation: str) -> list[bool]:
-        """Makes moves of different jobs in one round trip; whether each one's condition held."""
+        """Makes moves of different jobs in one round trip; whether each one's condition held.
+
+        Where the server refuses some of them, the others are made, and the error is that of the first refused.
+        """
         if len(moves) == 1:
             return [self.apply(moves[0], operation)]
         with self.operation(operation):
@@ -201,14 +246,18 @@ class JobStore:
                 result = self.collection.bulk_write(
                     [UpdateOne(move.filter, move.update) for move in moves], ordered=False
                 )
-            except BulkWriteError:  # a document that cannot take its outcome: the others have theirs
-                result = None
-            if result is not None and result.matched_count == len(moves):
-                return [True] * len(moves)
-            # Somebody lost a job: look whose filter would have held, by what is there now.
-            ids = [move.filter["_id"] for move in moves]
-            found = {row["_id"]: row for row in self.collection.find({"_id": {"$in": ids}}, _TRACES)}
-        return [_was_applied(move, found.get(move.filter["_id"])) for move in moves]
+            except BulkWriteError as error:
+                raise first_failure(error) or error from None
+        if result.matched_count == len(moves):
+            return [True] * len(moves)
+        return [self.was_applied(move) for move in moves]  # somebody lost a job
+
+    def was_applied(self, move: Move) -> bool:
+        """Whether the document looks as this outcome leaves it: finished by the same attempt, held by nobody."""
+        with self.operation("find"):
+            document = self.collection.find_one({"_id": move.filter["_id"]}, _TRACES)
+        attempt = next((stage["$set"].get("attempts") for stage in move.update if "$set" in stage), None)
+        return document is not None and document.get("lock") is None and document.get("attempts") == attempt
 
     # -- people -------------------------------------------------------------------------------------------------------
 
@@ -230,10 +279,12 @@ class JobStore:
         """Renews the leases of these claims; returns the tokens that are no longer held."""
         move = transitions.renew(supervisor_id, tokens, lease_seconds)
         with self.operation("renew"):
-            result = self.collection.update_many(move.filter, move.update, hint=schema.LEASE_INDEX)
+            result = by_index(
+                schema.LEASE_INDEX, lambda hint: self.collection.update_many(move.filter, move.update, hint=hint)
+            )
             if result.matched_count >= len(tokens):
                 return []
-            found = self.collection.find(move.filter, {"lock.token": True}, hint=schema.LEASE_INDEX)
+            found = self._running(move.filter, {"lock.token": True})
             kept = {document["lock"]["token"] for document in found}
         return [token for token in tokens if token not in kept]
 
@@ -242,20 +293,30 @@ class JobStore:
         lost: list[Document] = []
         projection = {"_id": True, "lock.token": True, "updated_at": True}
         with self.operation("find_lost"):
-            found = list(self.collection.find(condition, projection, hint=schema.LEASE_INDEX).limit(at_most))
+            found = self._running(condition, projection, limit=at_most)
         for document in found:
-            token = document.get("lock", {}).get("token")
-            exactly = {**condition, "_id": document["_id"], "lock.token": token}
+            lock = document.get("lock")
+            token = lock.get("token") if isinstance(lock, Mapping) else None
+            exactly = {**condition, "_id": document["_id"]}
             if token is None:
                 exactly["updated_at"] = document.get("updated_at")
-            move = transitions.lose(exactly, why)
-            with self.operation("reclaim"):
-                after = self.collection.find_one_and_update(
-                    move.filter, move.update, return_document=ReturnDocument.AFTER
-                )
+            else:
+                exactly["lock.token"] = token
+            try:
+                after = self._reclaim(transitions.lose(exactly, why))
+            except StoreUnavailable as error:
+                if not is_refusal(error):
+                    raise
+                after = self._reclaim(transitions.lose_bare(exactly))
             if after is not None:
                 lost.append(after)
         return lost
+
+    def _reclaim(self, move: Move) -> Document | None:
+        with self.operation("reclaim"):
+            return self.collection.find_one_and_update(
+                move.filter, move.update, projection=_STORY_FREE, return_document=ReturnDocument.AFTER
+            )
 
     def cancel_requests(self, supervisor_id: str) -> list[str]:
         """Tokens of this supervisor's jobs that someone asked to cancel."""
@@ -265,25 +326,43 @@ class JobStore:
             "cancel_requested": True,
         }
         with self.operation("find_cancelled"):
-            found = self.collection.find(condition, {"lock.token": True}, hint=schema.LEASE_INDEX)
+            found = self._running(condition, {"lock.token": True})
             return [document["lock"]["token"] for document in found]
 
     def adopt(self) -> int:
-        """Gives documents of other programs the defaults that the order of running needs."""
-        move = transitions.adopt()
-        orphan = transitions.adopt_without_status()
+        """Gives documents of other programs the defaults that the order of running needs; fails what is never due."""
+        orphans = transitions.adopt_without_status()
         with self.operation("adopt"):
-            adopted = self.collection.update_many(orphan.filter, orphan.update, hint=schema.LIST_INDEX).modified_count
-            adopted += self.collection.update_many(move.filter, move.update, hint=schema.CLAIM_INDEX).modified_count
+            try:
+                adopted = self._update(orphans, schema.LIST_INDEX)
+            except DuplicateKeyError:  # one of them has the unique key of another job
+                adopted = self._adopt_one_by_one(orphans)
+            self._update(transitions.refuse_undatable(), schema.CLAIM_INDEX)
+            return adopted + self._update(transitions.adopt(), schema.CLAIM_INDEX)
+
+    def _update(self, move: Move, index: str) -> int:
+        return by_index(
+            index, lambda hint: self.collection.update_many(move.filter, move.update, hint=hint).modified_count
+        )
+
+    def _adopt_one_by_one(self, move: Move) -> int:
+        adopted = 0
+        for document in self.collection.find(move.filter, {"_id": True}).limit(1000):
+            exactly = {**move.filter, "_id": document["_id"]}
+            try:
+                adopted += self.collection.update_one(exactly, move.update).modified_count
+            except DuplicateKeyError:
+                self.collection.update_one(exactly, transitions.invalid("unique_key: another job has the same"))
         return adopted
 
     def remove_finished(self, older_than_days: float, *, at_most: int = 1000) -> int:
         """Removes finished jobs of that age, and their output."""
         age = {"$subtract": ["$$NOW", round(older_than_days * 86_400_000)]}
+        ended = {"$ifNull": ["$finished_at", "$updated_at", "$$NOW"]}
         final = [status.value for status in Status if status.is_final]
         condition = {
             "status": {"$in": final},
-            "$expr": {"$lt": [{"$ifNull": ["$finished_at", "$updated_at", "$$NOW"]}, age]},
+            "$expr": {"$and": [{"$eq": [{"$type": ended}, "date"]}, {"$lt": [ended, age]}]},
         }
         with self.operation("retention"):
             ids = [document["_id"] for document in self.collection.find(condition, {"_id": True}).limit(at_most)]
@@ -291,14 +370,6 @@ class JobStore:
                 self.collection.database[schema.OUTPUT_COLLECTION].delete_many({"job_id": {"$in": ids}})
                 self.collection.delete_many({"_id": {"$in": ids}, "status": {"$in": final}})
         return len(ids)
-
-
-def _was_applied(move: Move, document: Document | None) -> bool:
-    """Whether a document looks as this outcome leaves it: finished by the same attempt, held by nobody."""
-    if document is None:
-        return False
-    attempt = next((stage["$set"].get("attempts") for stage in move.update if "$set" in stage), None)
-    return document.get("lock") is None and document.get("attempts") == attempt
 
 
 def is_unauthorized(error: StoreUnavailable) -> bool:
@@ -310,4 +381,4 @@ def is_unauthorized(error: StoreUnavailable) -> bool:
 def is_refusal(error: StoreUnavailable) -> bool:
     """Whether MongoDB is there and refuses this very write: it will refuse it again."""
     cause = error.__cause__
-    return isinstance(cause, OperationFailure) and not is_passing(cause) and cause.code not in (13, 18)
+    return isinstance(cause, PyMongoError) and is_about_document(cause)

@@ -16,6 +16,7 @@ from pymongo.errors import BulkWriteError
 
 from supervisor.output import Chunk
 from supervisor.store import schema
+from supervisor.store.client import first_failure
 from supervisor.store.jobs import JobStore
 
 DUPLICATE_KEY = 11000
@@ -59,8 +60,9 @@ class OutputStore:
             try:
                 self._collection.bulk_write(writes, ordered=False)
             except BulkWriteError as error:
-                if any(problem["code"] != DUPLICATE_KEY for problem in error.details["writeErrors"]):
-                    raise
+                failure = first_failure(error, ignoring=DUPLICATE_KEY)  # those have been stored before
+                if failure is not None:
+                    raise failure from None
 
     def read(self, job_id: Any, attempt: int, *, after_seq: int = -1) -> Iterator[Chunk]:
         """The kept chunks of an attempt behind `after_seq`, in the order of their arrival."""

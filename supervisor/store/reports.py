@@ -5,25 +5,22 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from pymongo import ASCENDING, DESCENDING
-from pymongo.errors import OperationFailure
 
 from supervisor.job import DEFAULT_MEMORY_MB
 from supervisor.states import Reason, Status
 from supervisor.store import schema, transitions
-from supervisor.store.jobs import JobStore, possible_ids
+from supervisor.store.jobs import JobStore, by_index, possible_ids
 from supervisor.store.sizing import Run, ScriptMemory, script_memory
 from supervisor.store.transitions import Demand
 
 Document = dict[str, Any]
-Answer = TypeVar("Answer")
 
-BAD_VALUE = 2
 HISTORY_RUNS = 500
 """Runs of one script that right-sizing looks at."""
 HISTORY_DOCUMENTS = 200_000
@@ -92,7 +89,7 @@ class Reports:
 
         with self._jobs.operation("count"):
             return {
-                status.value: _by_index(schema.LIST_INDEX, functools.partial(count, status)) for status in Status
+                status.value: by_index(schema.LIST_INDEX, functools.partial(count, status)) for status in Status
             }
 
     def queues(self, *, only: Sequence[str] = ()) -> dict[str, QueueState]:
@@ -107,7 +104,7 @@ class Reports:
             {"$set": {"age": {"$divide": [{"$subtract": ["$$NOW", "$oldest"]}, 1000]}}},
         ]
         with self._jobs.operation("count"):
-            rows = _by_index(
+            rows = by_index(
                 schema.DUE_INDEX, lambda hint: list(self._collection.aggregate(stages, **_hint(hint)))
             )
         found: dict[str, QueueState] = {}
@@ -130,27 +127,30 @@ class Reports:
             delays = []
             for queue in queues:
                 names = [queue, None] if queue == "default" else [queue]
-                head = list(
-                    self._collection.aggregate(
-                        [
-                            {"$match": {**later, "queue": {"$in": names}}},
-                            {"$sort": {"scheduled_date": 1}},
-                            {"$limit": 1},
-                            {"$project": {"in": {"$divide": [{"$subtract": ["$scheduled_date", "$$NOW"]}, 1000]}}},
-                        ],
-                        hint=schema.DUE_INDEX,
-                    )
-                )
+                stages: list[Document] = [
+                    {"$match": {**later, "queue": {"$in": names}}},
+                    {"$sort": {"scheduled_date": 1}},
+                    {"$limit": 1},
+                    {"$project": {"in": {"$divide": [{"$subtract": ["$scheduled_date", "$$NOW"]}, 1000]}}},
+                ]
+                ask = functools.partial(self._aggregate, stages)
+                head = by_index(schema.DUE_INDEX, ask)
                 delays += [float(row["in"]) for row in head if isinstance(row.get("in"), int | float)]
         return min(delays, default=None)
+
+    def _aggregate(self, stages: list[Document], hint: str | None) -> list[Document]:
+        return list(self._collection.aggregate(stages, **_hint(hint)))
 
     def head(self, demand: Demand) -> Document | None:
         """The job that a claim would take first."""
         index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
         projection = {"required_memory": True, "scheduled_date": True}
         with self._jobs.operation("head"):
-            return self._collection.find_one(
-                transitions.due(demand), projection, sort=schema.CLAIM_SORT, hint=index
+            return by_index(
+                index,
+                lambda hint: self._collection.find_one(
+                    transitions.due(demand), projection, sort=schema.CLAIM_SORT, hint=hint
+                ),
             )
 
     def newest(self, chosen: JobFilter, *, limit: int = 50, skip: int = 0) -> list[Document]:
@@ -287,16 +287,6 @@ class Reports:
         with self._jobs.operation("version"):
             answer = self._collection.database.command("hello")
         return "setName" in answer or answer.get("msg") == "isdbgrid"
-
-
-def _by_index(name: str, ask: Callable[[str | None], Answer]) -> Answer:
-    """Asks by an index; without it where nobody has made the indexes yet (only foreign programs wrote here)."""
-    try:
-        return ask(name)
-    except OperationFailure as error:
-        if error.code != BAD_VALUE:
-            raise
-        return ask(None)
 
 
 def _seconds_since(name: str) -> Document:

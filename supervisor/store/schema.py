@@ -65,10 +65,17 @@ def output_indexes() -> list[IndexModel]:
 
 
 def ensure_indexes(database: Database[Document], collection: str, *, by_queue: bool = False) -> None:
-    """Makes what is missing. An index of the same name and another shape, of an older version, is made anew."""
+    """Makes what is missing. An index of the same name and another shape, of an older version, is made anew.
+
+    While jobs of other programs share a unique key, that index stays missing, and `doctor` says so.
+    """
     jobs = database[collection]
     for index in job_indexes(by_queue=by_queue):
-        _ensure(jobs, index)
+        try:
+            _ensure(jobs, index)
+        except OperationFailure as error:
+            if error.code != 11000:
+                raise
     for index in output_indexes():
         _ensure(database[OUTPUT_COLLECTION], index)
 

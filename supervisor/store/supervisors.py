@@ -64,7 +64,8 @@ class SupervisorStore:
 
     def all(self) -> list[Document]:
         """Every known supervisor of this collection, with `age_seconds` since it was last seen and `live`."""
-        age = {"$divide": [{"$subtract": ["$$NOW", "$seen_at"]}, 1000]}
+        is_date = {"$eq": [{"$type": "$seen_at"}, "date"]}
+        age = {"$cond": [is_date, {"$divide": [{"$subtract": ["$$NOW", "$seen_at"]}, 1000]}, None]}
         stages: list[Document] = [
             {"$match": {"jobs_collection": self._jobs.collection.name}},
             {"$set": {"age_seconds": age}},
@@ -87,6 +88,8 @@ class SupervisorStore:
             "boot_id": identity.boot_id,
             "pid_namespace": identity.pid_namespace,
             "_id": {"$ne": identity.supervisor_id},
+            "pid": {"$type": "number"},
+            "started": {"$type": "number"},
         }
         with self._jobs.operation("find_supervisors"):
             others = list(self._collection.find(condition))

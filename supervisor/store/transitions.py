@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bson import MinKey
+
 from supervisor.job import MAX_LOSSES, Outcome, Verdict
 from supervisor.states import Reason, Status
 
@@ -103,7 +105,11 @@ def with_entries_after_cut(texts: Iterable[str]) -> Document:
 def due(demand: Demand) -> Document:
     """What may be claimed. `$expr` compares across types: a missing or unreadable date counts as due, and is then
     refused at the door instead of waiting for ever; `$not: {$gt}` does the same for `required_memory`."""
-    condition: Document = {"status": Status.PENDING.value, "$expr": {"$lte": ["$scheduled_date", "$$NOW"]}}
+    condition: Document = {
+        "status": Status.PENDING.value,
+        "priority": {"$gte": MinKey()},  # true of all: without it the index is read through, not searched
+        "$expr": {"$lte": ["$scheduled_date", "$$NOW"]},
+    }
     if demand.queues:
         names: list[Any] = list(demand.queues)
         condition["queue"] = {"$in": [*names, None] if "default" in names else names}
@@ -119,8 +125,8 @@ def claim_update(
 ) -> Pipeline:
     """Locks a job. One that is claimed `ahead` of others has not started yet: its attempt is counted when it does,
     and its token ends in its id, so that the jobs of one statement have tokens of their own. One that needs more
-    than `sure_mb` may have to go back: it, too, is counted when it starts."""
-    waits: Any = {"$gt": ["$required_memory", sure_mb]} if sure_mb is not None else False
+    than `sure_mb` may have to go back (with 0, any job): it, too, is counted when it starts."""
+    waits: Any = {"$gt": ["$required_memory", sure_mb]} if sure_mb else sure_mb is not None
     lock = {
         "supervisor_id": literal(owner.supervisor_id),
         "host": literal(owner.host),
@@ -234,14 +240,15 @@ def give_back(job_id: Any, token: str) -> Move:
     return Move(
         held(job_id, token),
         [
-            {
-                "$set": {
+            *_finished(
+                {
                     "status": Status.PENDING.value,
+                    "reason": "$reason",
                     "updated_at": "$$NOW",
                     "logs": with_entries(["handed back before it was started"]),
                 }
-            },
-            {"$unset": ["lock"]},
+            ),
+            {"$unset": _REMOVED_WITH_THE_LOCK},
         ],
     )
 
@@ -276,6 +283,12 @@ def lose(condition: Document, why: str) -> Move:
             {"$unset": _REMOVED_WITH_THE_LOCK},
         ],
     )
+
+
+def lose_bare(condition: Document) -> Move:
+    """The same for a document that is too large to take more: failed, and nothing else."""
+    fields = {"status": Status.FAILED.value, "reason": Reason.LOST.value}
+    return Move(condition, [{"$set": fields}, {"$unset": _REMOVED_WITH_THE_LOCK}])
 
 
 # -- what can be reclaimed --------------------------------------------------------------------------------------------
@@ -376,6 +389,28 @@ def adopt() -> Move:
         {"status": Status.PENDING.value, "priority": None},
         [{"$set": {"priority": 0, "queue": {"$ifNull": ["$queue", "default"]}}}],
     )
+
+
+def refuse_undatable() -> Move:
+    """Fails jobs that would wait for ever: what is no date, but sorts behind every date."""
+    kinds = ["timestamp", "regex", "javascript", "javascriptWithScope", "maxKey"]
+    condition = {"status": Status.PENDING.value, "scheduled_date": {"$type": kinds}}
+    return Move(condition, invalid("scheduled_date: is not a date"))
+
+
+def invalid(error: str) -> Pipeline:
+    """The end of a document that cannot be run, and that nobody claimed."""
+    fields: Document = {
+        "status": Status.FAILED.value,
+        "reason": Reason.INVALID_JOB.value,
+        "error": literal(error),
+        "exit_code": literal(None),
+        "failures": add_one("failures"),
+        "updated_at": "$$NOW",
+        "finished_at": "$$NOW",
+        "logs": with_entries([f"failed: {error}"]),
+    }
+    return [{"$set": fields}]
 
 
 def adopt_without_status() -> Move:
