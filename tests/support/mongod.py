@@ -171,6 +171,70 @@ class MongoServer(_Servers):
         self._member.send(signal.SIGCONT)
 
 
+class TcpServer(_Servers):
+    """A single-node replica set on TCP, as others have theirs: with users, with TLS, on an address of the network.
+
+    `tls` are the files of its certificate with key, and of its authority. With `users` it asks everybody to
+    authenticate, and `uri` is that of the administrator; `uri_of` is anybody else's.
+    """
+
+    ADMIN = ("admin", "the-admin's-pass/word")
+
+    def __init__(
+        self, address: str = "127.0.0.1", *, users: bool = False, tls: tuple[Path, Path] | None = None
+    ) -> None:
+        super().__init__()
+        self.address = f"{address}:{_free_ports(1, address)[0]}"
+        self._users = users
+        self._options = f"&tls=true&tlsCAFile={quote(str(tls[1]), safe='')}" if tls else ""
+        host, port = self.address.split(":")
+        arguments = ["--bind_ip", host, "--port", port]
+        if users:
+            key = self._scratch.path / "key"
+            key.touch(0o600)
+            key.write_text("the members of the set know this")
+            arguments += ["--keyFile", "key"]
+        if tls:
+            arguments += ["--tlsMode", "requireTLS", "--tlsCertificateKeyFile", str(tls[0])]
+            arguments += ["--tlsCAFile", str(tls[1]), "--tlsAllowConnectionsWithoutCertificates"]
+        self._member = _Member(self._scratch.path, arguments)
+        self._members = [self._member]
+        self.uri = self.uri_of(*self.ADMIN) if users else self.uri_without_user
+
+    def uri_of(self, user: str, password: str, *, source: str = "admin") -> str:
+        """The address for a user, with the password in it."""
+        credentials = f"{quote(user, safe='')}:{quote(password, safe='')}"
+        return f"mongodb://{credentials}@{self.address}/?directConnection=true&authSource={source}{self._options}"
+
+    @property
+    def uri_without_user(self) -> str:
+        return f"mongodb://{self.address}/?directConnection=true{self._options}"
+
+    @property
+    def pid(self) -> int:
+        return self._member.pid
+
+    def start(self) -> None:
+        """Start it, on the data it had, and wait until it is primary."""
+        self._member.start()
+        _initiate(self.uri_without_user, [{"_id": 0, "host": self.address}], self._members)
+        if self._users:
+            self._make_administrator()
+
+    def pause(self) -> None:
+        """Let it hang: connections stay, answers do not come."""
+        self._member.send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._member.send(signal.SIGCONT)
+
+    def _make_administrator(self) -> None:
+        """From this host, and as long as there is no user, everybody may."""
+        user, password = self.ADMIN
+        with _client(self.uri_without_user) as client, contextlib.suppress(OperationFailure):
+            client.admin.command("createUser", user, pwd=password, roles=["root"])
+
+
 class ReplicaSet(_Servers):
     """Three members on free TCP ports of the loopback interface. Use it as a context manager."""
 
@@ -270,9 +334,9 @@ def _direct(host: str) -> str:
     return f"mongodb://{host}/?directConnection=true"
 
 
-def _free_ports(count: int) -> list[int]:
+def _free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind((address, 0))
         return [each.getsockname()[1] for each in sockets]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -46,6 +47,8 @@ class RunningSupervisor:
         self.mongo_uri = mongo_uri
         self.db_name = db_name
         self.port = int(str(settings.pop("metrics_port", free_port())))
+        module_path = settings.pop("module_path", None)
+        self.address = str(settings.get("metrics_host", "127.0.0.1"))
         chosen = {
             "mongo_uri": mongo_uri,
             "mongo_db": db_name,
@@ -61,6 +64,8 @@ class RunningSupervisor:
         self.environment = clean | {
             f"SUPERVISOR_{name.upper()}": str(value) for name, value in chosen.items() if value is not None
         }
+        if module_path is not None:
+            self.environment["PYTHONPATH"] = f"{module_path}:{os.environ.get('PYTHONPATH', '')}"
         self.log_path = directory / f"supervisor-{self.port}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -78,7 +83,8 @@ class RunningSupervisor:
                 start_new_session=True,
             )
         if ready:
-            wait_until(self.is_ready, timeout=timeout, what=lambda: f"the supervisor to be ready:\n{self.log()[-3000:]}")
+            what = "the supervisor to be ready"
+            wait_until(self.is_ready, timeout=timeout, what=lambda: f"{what}:\n{self.log()[-3000:]}")
         return self
 
     @property
@@ -110,14 +116,14 @@ class RunningSupervisor:
         return self.log_path.read_text("utf-8", "replace")
 
     def get(self, path: str, accept: str = "*/*") -> tuple[int, str]:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers={"Accept": accept})
+        request = urllib.request.Request(f"http://{self.address}:{self.port}{path}", headers={"Accept": accept})
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
-        except (OSError, urllib.error.URLError):
+        except (OSError, http.client.HTTPException):  # the keeper, which answers, may be replaced meanwhile
             return 0, ""
 
     def is_ready(self) -> bool:
@@ -189,7 +195,9 @@ class RunningSupervisor:
 
     # -- commands
 
-    def command(self, *arguments: str, module: str = "supervisor", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, module: str = "supervisor", timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a command against the same database."""
         return subprocess.run(
             [PYTHON, "-m", module, *arguments],
@@ -210,7 +218,8 @@ GATED = """
 import os, sys, time
 
 def note(kind):
-    os.write(record, f"{kind} {os.environ['JOB_ATTEMPT']} {os.getpid()} {time.clock_gettime(time.CLOCK_BOOTTIME)}\\n".encode())
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    os.write(record, f"{kind} {os.environ['JOB_ATTEMPT']} {os.getpid()} {now}\\n".encode())
 
 path = sys.argv[1]
 record = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -299,6 +308,8 @@ class Jobs:
         self.directory = directory
         self.manager = manager
         self._numbers = itertools.count(1)
+
+    gated_source = GATED
 
     @property
     def collection(self) -> Collection[Document]:

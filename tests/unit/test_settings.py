@@ -1,0 +1,109 @@
+"""Settings: where they come from, what is refused, and what stays secret."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from supervisor.errors import ConfigurationError
+from supervisor.settings import PREFIX, check_for_supervising, load_settings, masked, unknown_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    settings = load_settings()
+    assert (settings.mongo_uri, settings.mongo_db, settings.mongo_collection) == ("", "job_db", "jobs")
+    assert settings.data_dir == Path(".supervisor")
+    assert settings.workers == os.cpu_count()
+    assert (settings.queues, settings.start_method, settings.preload) == ((), "warm", ())
+    assert settings.roots == (Path.cwd(),)
+    assert (settings.memory_budget, settings.memory_check_interval) == (None, 0.1)
+    assert (settings.lease_seconds, settings.poll_interval, settings.default_timeout) == (30, 5, None)
+    assert (settings.kill_grace, settings.shutdown_timeout, settings.log_limit) == (5, 30, 16)
+    assert (settings.log_format, settings.log_level, settings.retention_days) == ("text", "info", 0)
+    assert (settings.metrics_host, settings.metrics_port) == ("127.0.0.1", 9108)
+
+
+def test_the_environment_comes_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("settings.env").write_text("SUPERVISOR_WORKERS=3\nSUPERVISOR_MONGO_DB=from_file\n")
+    monkeypatch.setenv("SUPERVISOR_WORKERS", "5")
+    settings = load_settings()
+    assert (settings.workers, settings.mongo_db) == (5, "from_file")
+
+
+def test_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "other.env"
+    other.write_text('SUPERVISOR_QUEUES="red, blue,"\n')
+    Path("settings.env").write_text("SUPERVISOR_WORKERS=3\n")
+    monkeypatch.setenv("SUPERVISOR_ENV_FILE", str(other))
+    settings = load_settings()
+    assert settings.queues == ("red", "blue")
+    assert settings.workers == os.cpu_count()
+
+
+def test_an_empty_value_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPERVISOR_WORKERS", "")
+    assert load_settings().workers == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORKERS", "0"),
+        ("WORKERS", "1.5"),
+        ("MONGO_URI", "http://localhost"),
+        ("START_METHOD", "hot"),
+        ("MEMORY_BUDGET", "-1"),
+        ("MEMORY_CHECK_INTERVAL", "0"),
+        ("LEASE_SECONDS", "0"),
+        ("LEASE_SECONDS", "nan"),
+        ("KILL_GRACE", "-1"),
+        ("LOG_LIMIT", "0"),
+        ("LOG_FORMAT", "xml"),
+        ("METRICS_PORT", "65536"),
+        ("RETENTION_DAYS", "-1"),
+    ],
+)
+def test_a_wrong_value_names_its_setting(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert caught.value.setting == name
+    assert PREFIX + name in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_what_only_a_supervisor_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPERVISOR_TASK_ROOTS", "/no/such/directory")
+    settings = load_settings()  # the commands do not care
+    with pytest.raises(ConfigurationError, match="SUPERVISOR_TASK_ROOTS"):
+        check_for_supervising(settings)
+
+
+def test_typing_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("settings.env").write_text("export SUPERVISOR_WORKER=3\n# SUPERVISOR_COMMENT=1\nSUPERVISOR_QUEUES=a\n")
+    monkeypatch.setenv("SUPERVISOR_LEASE", "3")
+    assert unknown_settings() == ["SUPERVISOR_LEASE", "SUPERVISOR_WORKER"]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "mongodb://user:secret@host/",
+        "mongodb+srv://user:secret@host/db?x=y",
+        "cannot reach mongodb://user:sec@ret@host:1/ now",
+        "mongodb://user:secret@a,b,c/ and mongodb://other:secret@d/",
+    ],
+)
+def test_secrets_are_masked(uri: str) -> None:
+    assert "sec" not in masked(uri)
+    assert "***@" in masked(uri)
