@@ -59,7 +59,8 @@ def claimed(manager: JobManager) -> tuple[Any, str]:
 
 def finish(manager: JobManager, key: Any, token: str, result: tuple[Outcome, Verdict]) -> None:
     outcome, verdict = result
-    assert manager.jobs.finish(key, token, transitions.finish(key, token, outcome, verdict, {}, ["ended"]))
+    move = transitions.finish(key, token, outcome, verdict, attempt=1, details={}, lines=["ended"])
+    assert manager.jobs.apply(move, "finish")
 
 
 def ended_job(manager: JobManager, result: tuple[Outcome, Verdict] = COMPLETED, **fields: Any) -> str:

@@ -41,7 +41,8 @@ def run_next(manager: JobManager, outcome: Outcome, status: Status, output: byte
     assert document is not None
     key, token = document["_id"], document["lock"]["token"]
     manager.output.append(key, document["attempts"], [Chunk(0, "stdout", 0, output)] if output else [])
-    assert manager.jobs.finish(key, token, transitions.finish(key, token, outcome, Verdict(status=status), {}, []))
+    move = transitions.finish(key, token, outcome, Verdict(status=status), attempt=1, details={}, lines=[])
+    assert manager.jobs.apply(move, "finish")
 
 
 # -- demo -------------------------------------------------------------------------------------------------------------
