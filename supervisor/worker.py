@@ -695,7 +695,9 @@ class Worker:
             if not is_refusal(error):
                 raise
             self._log.error("result_refused", job_id=attempt.job_id, attempt=attempt.number, error=error)
-            bare = transitions.finish_bare(attempt.key, attempt.token, result.outcome, result.verdict)
+            bare = transitions.finish_bare(
+                attempt.key, attempt.token, result.outcome, result.verdict, attempt=attempt.number
+            )
             return self._store.apply(bare, "finish")
 
 

@@ -172,7 +172,7 @@ class Host:
             runner,
             owner=owner,
             settings=self.settings,
-            open_store=lambda observe: self._open_store("worker", observe, selection_timeout_seconds=5.0),
+            open_store=lambda observe: self._open_store("worker", observe),
             spool=self._spool(),
         )
         return worker.run()
@@ -185,7 +185,7 @@ class Host:
             queues=self.settings.queues or ("default",),
             memory_enforcement="sampling" if self._groups is None else "cgroup",
         )
-        jobs = self._open_store("keeper", metrics.observe_operation, selection_timeout_seconds=5.0)
+        jobs = self._open_store("keeper", metrics.observe_operation)
         supervisors = SupervisorStore(jobs)
         leases = LeaseKeeper(
             jobs,
@@ -236,9 +236,10 @@ class Host:
         }
         return json.dumps(orders)
 
-    def _open_store(self, app: str, observe: Observe, *, selection_timeout_seconds: float) -> JobStore:
-        client = connect(self._uri, app=app, selection_timeout_seconds=selection_timeout_seconds)
+    def _open_store(self, app: str, observe: Observe) -> JobStore:
         settings = self.settings
+        patience = max(1.0, min(5.0, settings.lease_seconds / 6))  # a lease outlives some vain attempts
+        client = connect(self._uri, app=app, selection_timeout_seconds=patience)
         return JobStore(client, settings.mongo_db, settings.mongo_collection, uri=self._uri, observe=observe)
 
     def _spool(self) -> Spool:

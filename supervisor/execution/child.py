@@ -126,24 +126,29 @@ def _rehearse() -> None:
     done here, these writes do not copy a page in each child.
     """
     modules: dict[str, Any] = sys.modules
-    main = sys.modules["__main__"]
-    interrupt = _signal.getsignal(_signal.SIGINT)
     for _ in range(_REHEARSALS):
         for name, hook in _FORK_HOOKS:
             if name in modules:
                 with contextlib.suppress(AttributeError):  # another version of Python
                     getattr(modules[name], hook)()
-        _reset_signals(ignored=_IGNORED_BY_PYTHON)
-        _close_all_but((0x7FFF_FFFE,), first=0x7FFF_FFF0)
-        _add_to_environment({"JOB_ID": "rehearsal"})
-        del os.environ["JOB_ID"]
         _set_environment(_Warm.environment)
-        if _Warm.title is not None:
-            _Warm.title.set(sys.orig_argv, {}, adds=True)
-        if _Warm.seed is not None:
-            _Warm.seed.renew()
-        _rehearse_script()
-        sys.modules["__main__"] = main
+        warm_up()
+
+
+def warm_up() -> None:
+    """Goes through what a job does first and last. A child that waits for its job has these pages of its own then."""
+    main = sys.modules["__main__"]
+    interrupt = _signal.getsignal(_signal.SIGINT)
+    _reset_signals(ignored=_IGNORED_BY_PYTHON)
+    _close_all_but((0x7FFF_FFFE,), first=0x7FFF_FFF0)
+    _add_to_environment({"JOB_ID": "rehearsal"})
+    del os.environ["JOB_ID"]
+    if _Warm.title is not None:
+        _Warm.title.set(sys.orig_argv, {}, adds=True)
+    if _Warm.seed is not None:
+        _Warm.seed.renew()
+    _rehearse_script()
+    sys.modules["__main__"] = main
     _signal.signal(_signal.SIGINT, interrupt)
 
 

@@ -419,10 +419,12 @@ class Runner:
         attempt.ending = ending
         attempt.kill_began = began
         report = kill_descendants(os.getpid())
+        exit_codes = report.statuses
         while not report.complete:  # stuck in the kernel: the job is not over before it is gone
             report = kill_descendants(os.getpid())
+            exit_codes = {**exit_codes, **report.statuses}
         attempt.kill_delay_seconds = clock() - began
-        self._finish(attempt, report.statuses.get(attempt.pid), alone=report.complete)
+        self._finish(attempt, exit_codes.get(attempt.pid), alone=True)
 
     def _finish(self, attempt: Attempt, exit_code: int | None, *, alone: bool, peak_rss: int = 0) -> None:
         """The main process has ended: what it left behind ends with it, and only then the job is over."""

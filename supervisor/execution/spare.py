@@ -12,6 +12,7 @@ import signal
 import socket
 from dataclasses import dataclass
 
+from supervisor.execution import child
 from supervisor.execution.child import Launch
 from supervisor.processes import die_with_parent
 
@@ -61,6 +62,7 @@ def fork_spare() -> Spare | Orders:
         return Spare(pid, ours)
     die_with_parent(runner_pid, signal.SIGKILL)
     ours.close()
+    child.warm_up()
     try:
         data, descriptors, _, _ = socket.recv_fds(theirs, MAX_LAUNCH_BYTES + 1, 2)
     except OSError:

@@ -213,13 +213,14 @@ def finish(
     return Move(held(job_id, token), [*_finished(fields), {"$unset": _REMOVED_WITH_THE_LOCK}])
 
 
-def finish_bare(job_id: Any, token: str, outcome: Outcome, verdict: Verdict) -> Move:
+def finish_bare(job_id: Any, token: str, outcome: Outcome, verdict: Verdict, *, attempt: int) -> Move:
     """The outcome alone, for a document that is too large to take more."""
     fields: Document = {
         "status": verdict.status.value,
         "exit_code": literal(outcome.exit_code),
         "reason": literal(outcome.reason.value if outcome.reason else None),
         "error": literal((outcome.error or "")[:200]),
+        "attempts": attempt,
         "finished_at": "$$NOW",
     }
     return Move(held(job_id, token), [{"$set": fields}, {"$unset": _REMOVED_WITH_THE_LOCK}])

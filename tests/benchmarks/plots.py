@@ -26,7 +26,6 @@ def figure(path: Path, *, rows: int = 1, columns: int = 1, width: float = 7.0, h
     for axis in drawn.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-        axis.title.set_fontsize(9)
     yield axes
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110, metadata={"Software": None})

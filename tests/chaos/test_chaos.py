@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.__main__ import report
 from tests.chaos.run import Options, run
 
@@ -19,6 +21,7 @@ def test_a_short_run_keeps_every_promise(tmp_path: Path) -> None:
     assert len(result.history.acknowledged) == options.jobs
 
 
+@pytest.mark.slow
 def test_a_neighbour_takes_nothing_over_that_still_runs() -> None:
     """All of a supervisor is killed at once, so that its jobs live on, and the keeper of another one starts anew."""
     options = Options(

@@ -99,6 +99,7 @@ def test_a_history_survives_being_stored(tmp_path: Path) -> None:
     assert History.load(tmp_path / "history.json") == good_history()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "invariants"),
     [
