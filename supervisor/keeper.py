@@ -55,6 +55,8 @@ from supervisor.store.wakeup import BecamePending, CancelAsked, Change, ChangesU
 from supervisor.web.server import Health, Readiness
 
 REGISTER_SECONDS = 10.0
+BURST_SECONDS = 0.005
+LOOK_AGAIN_SECONDS = 0.2
 REGISTER_AGAIN_SECONDS = 2.0
 """At most so often it is written at once that something has changed."""
 COUNT_SECONDS = 10.0
@@ -173,6 +175,7 @@ class DueTimes:
 
     def __init__(self) -> None:
         self._heap: list[float] = []
+        self._due_already = 0
         self._lock = Lock()
 
     def add(self, seconds: float) -> None:
@@ -180,10 +183,16 @@ class DueTimes:
             if len(self._heap) < 100_000:  # what is left out is found by the look at the next due job
                 heapq.heappush(self._heap, clock() + seconds)
 
+    def add_due(self) -> bool:
+        """One that is due already; whether it is the first since the last call of `pop_due`."""
+        with self._lock:
+            self._due_already += 1
+            return self._due_already == 1
+
     def pop_due(self) -> int:
         """How many have become due since the last call."""
-        count = 0
         with self._lock:
+            count, self._due_already = self._due_already, 0
             while self._heap and self._heap[0] <= clock():
                 heapq.heappop(self._heap)
                 count += 1
@@ -237,6 +246,7 @@ class Keeper:
         self._failing: set[str] = set()
         self._ready = False
         self._head_flagged = False
+        self._woken_at = self._looked_at = 0.0
         self._registered_at = 0.0
         self._adopted_at = 0.0
         renew_every = settings.lease_seconds / RENEWALS
@@ -455,9 +465,12 @@ class Keeper:
 
     def _due_once(self) -> float:
         """Wakes the pool when scheduled jobs become due."""
+        if clock() - self._woken_at < BURST_SECONDS:
+            return BURST_SECONDS
         due = self._due_times.pop_due()
         if due and self._ready:
             self._tell(Wake(due))
+        if due and self._ready and clock() - self._looked_at > LOOK_AGAIN_SECONDS:
             self._look_for_next_due()
         following = self._due_times.next_in()
         return self._settings.poll_interval if following is None else min(following, self._settings.poll_interval)
@@ -487,6 +500,7 @@ class Keeper:
 
     def _look_for_next_due(self) -> None:
         """Those that were scheduled before this keeper listened to changes are known one at a time."""
+        self._looked_at = clock()
         next_due, known = self._reports.next_due_in(only=self._settings.queues), self._due_times.next_in()
         if next_due is not None and (known is None or next_due < known):
             self._due_times.add(next_due)
@@ -544,8 +558,11 @@ class Keeper:
         if delay > 0:
             self._due_times.add(delay)
             self._report_thread.hasten("due")
-        else:
+        elif clock() - self._woken_at > BURST_SECONDS:
+            self._woken_at = clock()
             self._tell(Wake(1))
+        elif self._due_times.add_due():  # many were inserted at once: they wake the pool together
+            self._report_thread.hasten("due")
 
     def _adopt_soon(self) -> None:
         """At once, or, where another program inserts many at a time, together."""

@@ -12,6 +12,7 @@ import pytest
 from pymongo import MongoClient
 
 from supervisor import JobManager
+from tests.support.alone import run_alone
 from tests.support.mongod import MongoServer
 from tests.support.running import Jobs, RunningSupervisor, running_supervisor
 
@@ -101,3 +102,15 @@ def shared(mongo_server: MongoServer, tmp_path_factory: pytest.TempPathFactory) 
             running_supervisor(directory, mongo_server.uri, name) as supervisor,
         ):
             yield Shared(supervisor, Jobs(directory, manager))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Tests that are marked `alone` get a process of their own."""
+    if item.get_closest_marker("alone") is None:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in run_alone(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True

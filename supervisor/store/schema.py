@@ -19,8 +19,6 @@ DUE_INDEX = "due"
 LEASE_INDEX = "lease"
 UNIQUE_INDEX = "unique_key"
 LIST_INDEX = "list"
-HISTORY_INDEX = "history"
-RETENTION_INDEX = "retention"
 
 _ORDER: list[tuple[str, int]] = [
     ("priority", DESCENDING),
@@ -35,7 +33,7 @@ _RUNNING = {"status": Status.RUNNING.value}
 Document = dict[str, Any]
 
 
-def job_indexes(*, by_queue: bool, history: bool = True) -> list[IndexModel]:
+def job_indexes(*, by_queue: bool) -> list[IndexModel]:
     """The indexes of the jobs. `by_queue` adds the one that only supervisors of chosen queues need."""
     indexes = [
         IndexModel(_ORDER, name=CLAIM_INDEX, partialFilterExpression=_PENDING),

@@ -310,7 +310,7 @@ def abandoned_by_others(older_than_seconds: float = 3600.0) -> Document:
     age = {"$subtract": ["$$NOW", round(older_than_seconds * 1000)]}
     return {
         "status": Status.RUNNING.value,
-        "lock.expires_at": None,
+        "lock.expires_at": {"$not": {"$type": "date"}},  # whatever else another program calls its lock
         "$expr": {"$and": [{"$eq": [{"$type": last}, "date"]}, {"$lt": [last, age]}]},
     }
 

@@ -8,6 +8,8 @@ Needs the extras `embedded` and `benchmark`, and redis-server. `run.sh` beside t
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,6 +40,7 @@ def main() -> None:
     unknown = set(names) - set(BENCHMARKS)
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that everything is ended and removed
     results: Path = arguments.results or (Path(tempfile.mkdtemp(prefix="benchmark-")) if arguments.quick else RESULTS)
     results.mkdir(parents=True, exist_ok=True)
     for name in names:

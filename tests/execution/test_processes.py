@@ -34,7 +34,10 @@ from tests.support.waiting import wait_until
 REPOSITORY = Path(__file__).parents[2]
 
 # The test process may have a database client's threads; its children here do nothing but wait.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 HABITS = '''
 import os, signal, subprocess, sys, time

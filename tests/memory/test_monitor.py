@@ -15,6 +15,8 @@ from supervisor.memory.monitor import MB, MemoryMonitor
 from supervisor.processes import ProcessRef, processes_with_environment
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.alone
+
 REPOSITORY = Path(__file__).parents[2]
 START_METHODS = ["exec", "warm"]
 

@@ -19,7 +19,10 @@ from tests.memory import shapes
 MB = 1 << 20
 
 # The test process may have a database client's threads; its children here only take memory and wait.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 
 class Jobs:

@@ -125,7 +125,7 @@ def test_indexes_of_another_shape_are_made_anew(manager: JobManager) -> None:
     manager.jobs.ensure_indexes()
     assert schema.missing_indexes(collection.database, collection.name) == []
     key = collection.index_information()[schema.CLAIM_INDEX]["key"]
-    assert [name for name, _ in key][0] == "priority"
+    assert next(name for name, _ in key) == "priority"
 
 
 def test_claims_go_on_without_their_index(manager: JobManager) -> None:

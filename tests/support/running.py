@@ -28,6 +28,11 @@ from tests.support.waiting import wait_until
 
 Document = dict[str, Any]
 PYTHON = sys.executable
+_DIE_WITH_PARENT = (  # when the test run is killed, its supervisors are, too
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == int(sys.argv[1]) or os._exit(1); "
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -74,7 +79,7 @@ class RunningSupervisor:
     def start(self, *, ready: bool = True, timeout: float = 60) -> RunningSupervisor:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [PYTHON, "-m", "supervisor"],
+                [PYTHON, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), PYTHON, "-m", "supervisor"],
                 cwd=self.directory,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -132,13 +137,14 @@ class RunningSupervisor:
         return self.get("/readyz")[0] == 200
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one sample (`supervisor_` may be left out); 0 where there is none."""
+        """The value of a sample, or the sum of those with these labels (`supervisor_` may be left out); else 0."""
         wanted = name if name.startswith(("supervisor_", "process_")) else f"supervisor_{name}"
-        for family in text_string_to_metric_families(self.get("/metrics")[1]):
-            for sample in family.samples:
-                if sample.name == wanted and all(sample.labels.get(key) == value for key, value in labels.items()):
-                    return float(sample.value)
-        return 0.0
+        return sum(
+            float(sample.value)
+            for family in text_string_to_metric_families(self.get("/metrics")[1])
+            for sample in family.samples
+            if sample.name == wanted and labels.items() <= sample.labels.items()
+        )
 
     def wait_idle(self, workers: int, timeout: float = 30) -> None:
         """Until so many workers are up, nothing runs, and it says that it is ready."""

@@ -16,7 +16,7 @@ HOG = REPOSITORY / "tasks" / "memory_hog.py"
 MB = 1 << 20
 HOG_WITH_CHILDREN = """
 import os, subprocess, sys, time
-with open(sys.argv[1], "w") as file:
+with open(sys.argv[1], "w", buffering=1) as file:
     for environment in (None, {}):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"],
                                  start_new_session=True, env=environment)

@@ -31,7 +31,7 @@ def wait_spooled(supervisor: RunningSupervisor, count: int) -> None:
     wait_until(lambda: len(list(results.glob("*.json"))) == count, what=f"{count} results on disk")
 
 
-@pytest.mark.parametrize(("lease_seconds", "seconds"), [(6, 3), (30, 20)])
+@pytest.mark.parametrize(("lease_seconds", "seconds"), [(20, 6), (30, 20)])
 def test_nothing_is_lost_while_mongodb_is_stopped(
     start_supervisor: Start, jobs: Jobs, mongo_server: MongoServer, lease_seconds: float, seconds: float
 ) -> None:

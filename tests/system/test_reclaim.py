@@ -6,8 +6,9 @@ import signal
 
 import psutil
 
+from supervisor.manager import new_document
 from tests.conftest import Start
-from tests.support.running import GatedJob, Jobs, is_alive, wait_gone
+from tests.support.running import GatedJob, Jobs, wait_gone
 from tests.support.waiting import wait_until
 
 
@@ -76,7 +77,8 @@ def test_a_stopped_worker_is_replaced_and_its_job_runs_again(start_supervisor: S
     job.wait_started(attempt=2, timeout=60)
     assert_never_at_the_same_time(job)
     assert job.finish()["losses"] == 1
-    assert supervisor.metric("worker_restarts_total", reason="worker_hung") == 1
+    hung = {"reason": "worker_hung"}
+    wait_until(lambda: supervisor.metric("worker_restarts_total", **hung) == 1, what="the metric")
     supervisor.wait_idle(2)
 
 
@@ -95,20 +97,22 @@ def test_a_worker_that_was_stopped_for_a_moment_goes_on(start_supervisor: Start,
 
 def test_a_stopped_keeper_hangs_nobody_and_is_replaced(start_supervisor: Start, jobs: Jobs) -> None:
     """It does not read what the supervisor tells it: the supervisor must not wait for it."""
-    supervisor = start_supervisor(lease_seconds=60)
+    count = 1500
+    script = jobs.script("import sys; sys.exit('x' * 300)")  # much to tell
+    documents = [new_document("many", str(script)) for _ in range(count)]
+    jobs.manager.create_jobs(documents)
+    supervisor = start_supervisor(lease_seconds=10)
     keeper = psutil.Process(supervisor.keeper())
-    script = jobs.script("import time; time.sleep(0.1)")
-    for _ in range(800):
-        jobs.submit(script)
-    wait_until(lambda: jobs.collection.count_documents({"status": "completed"}) > 5, what="the first to be done")
     keeper.suspend()
+    failed = {"status": "failed"}
     wait_until(
-        lambda: jobs.collection.count_documents({"status": "completed"}) == 800,
+        lambda: jobs.collection.count_documents(failed) == count,
         timeout=80,
         what=lambda: f"all to be done: {supervisor.log()[-2000:]}",
     )
-    wait_until(lambda: not is_alive(keeper), timeout=60, what="the stopped one to be killed")
+    wait_gone([keeper], within=40)
     supervisor.wait_idle(2)
+    wait_until(lambda: supervisor.metric("jobs_finished_total", **failed) > 0, what="the next keeper to count")
 
 
 def test_a_stopped_keeper_delays_no_end(start_supervisor: Start) -> None:

@@ -77,7 +77,7 @@ def test_a_job_that_does_not_finish_in_time_is_handed_back(
     wait_gone(processes)
     for job in (polite, stubborn):
         assert_handed_back(job.get())
-        assert any("interrupted by a shutdown" in line for line in job.get()["logs"])
+        assert any("interrupted: " in line for line in job.get()["logs"])
     start_supervisor()
     polite.wait_started(attempt=2)
     assert polite.finish()["attempts"] == 2
