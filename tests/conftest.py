@@ -105,12 +105,13 @@ def shared(mongo_server: MongoServer, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Tests that are marked `alone` get a process of their own."""
     if item.get_closest_marker("alone") is None:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in run_alone(item):
         item.ihook.pytest_runtest_logreport(report=report)
+    item.session._setupstate.teardown_exact(nextitem)  # of earlier tests, which ran here
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True

@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NO_OP = "pass\n"
-PANDAS = """\
-import numpy as np
-import pandas as pd
-
-frame = pd.DataFrame({"group": np.arange(1000) % 10, "value": np.arange(1000.0)})
-assert frame.groupby("group")["value"].sum().sum() == 499500.0
-"""
+PANDAS = "import numpy\nimport pandas\n"
 FIRST_LINE = """\
 import time; began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 import os, sys
