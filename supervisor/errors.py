@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose: it knows its sentence and the exit code of a command that ends by it."""
+"""Every error that is raised on purpose: it knows its sentence, and the exit code of a command that ends by it."""
 
 from __future__ import annotations
 

@@ -372,9 +372,10 @@ class QueueHead:
 
 
 Message = (
-    Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | GiveBack | NothingDue | Released | Hungry | Usage | Finished
-    | Run | Extend | Stop | Ended | WarmReady | ForkRunner | RunnerForked | PreloadChanged
-    | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested | StoreState | QueueHead
+    Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | GiveBack | NothingDue | Released
+    | Hungry | Usage | Finished | Run | Extend | Stop | Ended | WarmReady | ForkRunner | RunnerForked
+    | PreloadChanged | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested
+    | StoreState | QueueHead
 )  # fmt: skip
 
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in Message.__args__}
@@ -390,6 +391,7 @@ _FIELDS |= {kind: tuple(field.name for field in fields(kind)) for kind in {*_NES
 _NESTED_AT: dict[type[Any], list[tuple[int, type[Any]]]] = {}
 for (_kind, _field), _nested in _NESTED.items():
     _NESTED_AT.setdefault(_TYPES[_kind], []).append((_FIELDS[_TYPES[_kind]].index(_field), _nested))
+
 
 def _values(message: Any) -> list[Any]:
     return [getattr(message, name) for name in _FIELDS[type(message)]]

@@ -205,9 +205,7 @@ def _children_from_psutil(pid: int) -> list[int]:
         return []
 
 
-def descendants(
-    root: int, skip: Collection[int] = (), children_of: Callable[[int], list[int]] = children
-) -> list[int]:
+def descendants(root: int, skip: Collection[int] = (), children_of: Callable[[int], list[int]] = children) -> list[int]:
     """All descendants of `root`, parents before children; without those in `skip` and all below them."""
     seen: dict[int, None] = {}
     pending = [root]

@@ -271,9 +271,7 @@ class Worker:
                 self._thread.deliver()
 
     def _is_idle(self) -> bool:
-        return not (
-            self._current or self._ahead or self._waiting or self._claiming or self._results or self._writing
-        )
+        return not (self._current or self._ahead or self._waiting or self._claiming or self._results or self._writing)
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(self._timers.next_in()):

@@ -277,16 +277,12 @@ class Host:
                 "cannot change while the supervisor runs: restart it", setting="MEMORY_ENFORCEMENT"
             )
         if fresh.mongo_uri != self.settings.mongo_uri or fresh.data_dir != self.settings.data_dir:
-            raise ConfigurationError(
-                "cannot change while the supervisor runs: restart it", setting="MONGO_URI"
-            )
+            raise ConfigurationError("cannot change while the supervisor runs: restart it", setting="MONGO_URI")
         if (fresh.metrics_host, fresh.metrics_port) != (
             self.settings.metrics_host,
             self.settings.metrics_port,
         ):
-            raise ConfigurationError(
-                "cannot change while the supervisor runs: restart it", setting="METRICS_PORT"
-            )
+            raise ConfigurationError("cannot change while the supervisor runs: restart it", setting="METRICS_PORT")
         configure_logging(fresh.log_format, fresh.log_level)
         self.settings = fresh
         return fresh

@@ -71,7 +71,17 @@ class Launch:
 
     def as_values(self) -> list[Any]:
         """The fields, for a message."""
-        return [self.path, self.args, self.env, self.cwd, self.start_method, self.python, self.run_as, self.titled, self.adds]
+        return [
+            self.path,
+            self.args,
+            self.env,
+            self.cwd,
+            self.start_method,
+            self.python,
+            self.run_as,
+            self.titled,
+            self.adds,
+        ]
 
     @classmethod
     def from_values(cls, values: list[Any]) -> Launch:

@@ -29,14 +29,26 @@ from supervisor.execution.isolation import INIT_PID, Isolation, main_process, si
 from supervisor.execution.spare import Spare, fork_spare
 from supervisor.memory.cgroup import SlotGroup, hard_limit_mb
 from supervisor.memory.monitor import MemoryMonitor, Overrun
-from supervisor.messages import Channel, ChannelClosed, ChannelFull, Ended, Extend, Message, Ping, Pong, Run, Stop, Usage
+from supervisor.messages import (
+    Channel,
+    ChannelClosed,
+    ChannelFull,
+    Ended,
+    Extend,
+    Message,
+    Ping,
+    Pong,
+    Run,
+    Stop,
+    Usage,
+)
 from supervisor.processes import (
     become_subreaper,
     clock,
     collect,
     descendants,
-    kill_descendants,
     has_pending_signal,
+    kill_descendants,
     process_stat,
     set_oom_score_adj,
     signal_descendants,
@@ -347,9 +359,7 @@ class Runner:
         run = attempt.run
         # A job's `init` is a fork of the runner and shares with the job what the runner does.
         root = os.getpid() if self._isolation is None else attempt.pid
-        attempt.monitor = MemoryMonitor(
-            root, run.limit_mb * MB, interval=run.check_interval_seconds, clock=clock
-        )
+        attempt.monitor = MemoryMonitor(root, run.limit_mb * MB, interval=run.check_interval_seconds, clock=clock)
         for pid in descendants(os.getpid()):
             set_oom_score_adj(run.oom_score_adj, pid)  # its children inherit it
         return True
@@ -397,8 +407,7 @@ class Runner:
         used_mb = max(-(-overrun.used // MB), attempt.run.limit_mb + 1)
         attempt.error = f"used {used_mb} MB of the {attempt.run.limit_mb} MB in required_memory"
         attempt.story += [
-            f"memory: {share.bytes / MB:.0f} MB in process {share.pid} ({share.command})"
-            for share in overrun.processes
+            f"memory: {share.bytes / MB:.0f} MB in process {share.pid} ({share.command})" for share in overrun.processes
         ]
         self._dump_traceback(attempt)
         self._kill(attempt, Ending.MEMORY_EXCEEDED, now)

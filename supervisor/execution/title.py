@@ -51,7 +51,7 @@ class ProcessTitle:
 
     @classmethod
     def of_this_process(cls, environment: dict[str, str]) -> ProcessTitle | None:
-        """`environment` is what jobs add theirs to. None where the kernel does not say where a process keeps its arguments."""
+        """`environment` is what jobs add theirs to. None where the kernel does not say where arguments are kept."""
         if sys.platform != "linux":
             return None
         try:
@@ -88,7 +88,6 @@ class ProcessTitle:
             start, end = self._old_area
             size = end - start
             ctypes.memmove(start, title[: size - 1].ljust(size, b"\0"), size)
-
 
     def restore(self) -> None:
         """Shows again what the process was started with."""

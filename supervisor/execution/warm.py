@@ -162,7 +162,9 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
         os.set_inheritable(descriptor, True)
         arguments = [str(descriptor), json.dumps(orders), json.dumps([*refused, *threaded]), *sys.argv[4:]]
         os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *arguments])
-    problems += [f"PRELOAD: {name} starts a thread when imported, which a fork would lose; left out" for name in refused]
+    problems += [
+        f"PRELOAD: {name} starts a thread when imported, which a fork would lose; left out" for name in refused
+    ]
     usable = not has_threads_after_fork()
     interpreter = Interpreter(
         environment=dict(os.environ),

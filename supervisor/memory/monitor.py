@@ -164,9 +164,7 @@ class MemoryMonitor:
     @property
     def peak(self) -> int:
         """Bytes: the most that was surely charged, or an estimate while nothing is known for sure."""
-        return (
-            self._certain_peak if self._exact is not None else max(self._certain_peak, self._estimated_peak)
-        )
+        return self._certain_peak if self._exact is not None else max(self._certain_peak, self._estimated_peak)
 
     def series(self) -> list[tuple[float, int]]:
         """At most 64 points (seconds since start, bytes), oldest first, among them the peak and the last."""
@@ -282,10 +280,7 @@ class MemoryMonitor:
         if estimate > self.limit and estimate - exact >= step:
             return True
         unshared = sum(member.unshared for member in self._members.values())
-        if (
-            min(ceiling, estimate + unshared) > self.limit
-            and waited >= _MOST_BUSY_SHARE << self._false_alarms
-        ):
+        if min(ceiling, estimate + unshared) > self.limit and waited >= _MOST_BUSY_SHARE << self._false_alarms:
             return True
         grown = ceiling - self._exact_ceiling
         half_way = (self.limit - exact) // 2

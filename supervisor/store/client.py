@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from pymongo import MongoClient
+from pymongo.errors import BulkWriteError, ConnectionFailure, InvalidURI, OperationFailure, PyMongoError, WTimeoutError
 from pymongo.errors import (
     ConfigurationError as DriverConfigurationError,
 )
-from pymongo.errors import BulkWriteError, ConnectionFailure, InvalidURI, OperationFailure, PyMongoError, WTimeoutError
 
 from supervisor.errors import ConfigurationError, StoreUnavailable
 from supervisor.settings import masked

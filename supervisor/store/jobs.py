@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from bson import ObjectId
@@ -54,10 +54,8 @@ def possible_ids(job_id: Any) -> list[Any]:
     """The values of `_id` that this text can stand for: other programs choose their own."""
     candidates: list[Any] = [job_id]
     if isinstance(job_id, str):
-        try:
+        with suppress(InvalidId):
             candidates.insert(0, ObjectId(job_id))
-        except InvalidId:
-            pass
         if job_id.lstrip("-").isdigit() and len(job_id) < 19:
             candidates.append(int(job_id))
     return candidates
@@ -148,9 +146,7 @@ class JobStore:
                 ),
             )
 
-    def claim_ahead(
-        self, owner: Owner, token: str, demand: Demand, lease_seconds: float, count: int
-    ) -> list[Document]:
+    def claim_ahead(self, owner: Owner, token: str, demand: Demand, lease_seconds: float, count: int) -> list[Document]:
         """Locks up to `count` due jobs, in the order of running; another claimer may take some of them first."""
         index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
         with self.operation("claim"):

@@ -88,9 +88,7 @@ class Reports:
             return self._collection.count_documents({"status": status.value}, **_hint(hint))
 
         with self._jobs.operation("count"):
-            return {
-                status.value: by_index(schema.LIST_INDEX, functools.partial(count, status)) for status in Status
-            }
+            return {status.value: by_index(schema.LIST_INDEX, functools.partial(count, status)) for status in Status}
 
     def queues(self, *, only: Sequence[str] = ()) -> dict[str, QueueState]:
         """Due jobs and the age of the oldest, for each queue with pending jobs."""
@@ -104,9 +102,7 @@ class Reports:
             {"$set": {"age": {"$divide": [{"$subtract": ["$$NOW", "$oldest"]}, 1000]}}},
         ]
         with self._jobs.operation("count"):
-            rows = by_index(
-                schema.DUE_INDEX, lambda hint: list(self._collection.aggregate(stages, **_hint(hint)))
-            )
+            rows = by_index(schema.DUE_INDEX, lambda hint: list(self._collection.aggregate(stages, **_hint(hint))))
         found: dict[str, QueueState] = {}
         for row in rows:
             name = "default" if row["_id"] is None else str(row["_id"])

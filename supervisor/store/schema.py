@@ -27,6 +27,7 @@ _ORDER: list[tuple[str, int]] = [
     ("required_memory", ASCENDING),  # last: a claim skips what does not fit without reading the documents
 ]
 CLAIM_SORT = _ORDER[:3]
+_DUE: list[tuple[str, int]] = [("queue", ASCENDING), ("scheduled_date", ASCENDING)]
 _PENDING = {"status": Status.PENDING.value}
 _RUNNING = {"status": Status.RUNNING.value}
 
@@ -37,7 +38,7 @@ def job_indexes(*, by_queue: bool) -> list[IndexModel]:
     """The indexes of the jobs. `by_queue` adds the one that only supervisors of chosen queues need."""
     indexes = [
         IndexModel(_ORDER, name=CLAIM_INDEX, partialFilterExpression=_PENDING),
-        IndexModel([("queue", ASCENDING), ("scheduled_date", ASCENDING)], name=DUE_INDEX, partialFilterExpression=_PENDING),
+        IndexModel(_DUE, name=DUE_INDEX, partialFilterExpression=_PENDING),
         IndexModel([("lock.expires_at", ASCENDING)], name=LEASE_INDEX, partialFilterExpression=_RUNNING),
         IndexModel(
             [("unique_key", ASCENDING)],

@@ -81,10 +81,11 @@ def with_entries(texts: Iterable[str]) -> Document:
 
 def with_entries_after_cut(texts: Iterable[str]) -> Document:
     """The same, with long entries of earlier attempts cut."""
+    is_text = {"$eq": [{"$type": "$$line"}, "string"]}
     is_long = {
         "$and": [
-            {"$eq": [{"$type": "$$line"}, "string"]},
-            {"$gt": [{"$strLenBytes": {"$cond": [{"$eq": [{"$type": "$$line"}, "string"]}, "$$line", ""]}}, 2 * KEPT_ENTRY_BYTES]},
+            is_text,
+            {"$gt": [{"$strLenBytes": {"$cond": [is_text, "$$line", ""]}}, 2 * KEPT_ENTRY_BYTES]},
         ]
     }  # fmt: skip
     cut = {"$concat": [{"$substrCP": ["$$line", 0, KEPT_ENTRY_BYTES]}, "\n[… cut; see the output of that attempt]"]}

@@ -332,9 +332,7 @@ def test_the_tree_is_found_with_children_of_threads_and_without_the_skipped(slee
     assert children(2**22 - 1) == []
 
 
-def test_without_children_files_psutil_finds_the_same(
-    sleepers: Sleepers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_children_files_psutil_finds_the_same(sleepers: Sleepers, monkeypatch: pytest.MonkeyPatch) -> None:
     process = sleepers.start("/bin/sh", "-c", "sleep 600 & wait")
     wait_until(lambda: len(descendants(process.pid)) == 1, what="the shell has started it")
     found = descendants(os.getpid())

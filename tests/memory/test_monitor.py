@@ -104,12 +104,8 @@ def test_a_large_mapped_file_is_not_charged(start: str, access: str, tmp_path: P
     assert seen["peak_mb"] < 20
 
 
-@pytest.mark.parametrize(
-    ("written_mb", "limit_mb", "reported"), [(0, 20, False), (40, 60, False), (90, 60, True)]
-)
-def test_of_what_a_fork_inherits_only_what_it_writes_is_charged(
-    written_mb: int, limit_mb: int, reported: bool
-) -> None:
+@pytest.mark.parametrize(("written_mb", "limit_mb", "reported"), [(0, 20, False), (40, 60, False), (90, 60, True)])
+def test_of_what_a_fork_inherits_only_what_it_writes_is_charged(written_mb: int, limit_mb: int, reported: bool) -> None:
     seen = watch("warm", "inherits", written_mb, limit_mb=limit_mb, preloaded_mb=100, looks_after=30)
     assert (seen["overrun"] is not None) == reported
     assert seen["exact_mb"] == pytest.approx(written_mb, abs=8) or (reported and seen["exact_mb"] > limit_mb)

@@ -93,9 +93,7 @@ def look_on(monitor: MemoryMonitor, ready: int, order: dict[str, Any]) -> tuple[
     while looks_wanted is None or looks < looks_wanted:
         now = time.monotonic()
         if now > give_up:
-            raise AssertionError(
-                f"the job neither got ready nor was reported: {monitor.used / MB:.0f} MB used"
-            )
+            raise AssertionError(f"the job neither got ready nor was reported: {monitor.used / MB:.0f} MB used")
         wait = max(0.0, monitor.next_look - now)
         if looks_wanted is None and select.select([ready], [], [], wait)[0]:
             if not os.read(ready, 1):

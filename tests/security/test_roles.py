@@ -50,9 +50,10 @@ def test_a_job_goes_through_with_the_least_rights(guarded: Guarded, tmp_path: Pa
 
 
 def test_a_producer_is_told_whose_key_is_taken(guarded: Guarded, tmp_path: Path) -> None:
-    with JobManager(guarded.server.uri, guarded.db_name) as admin, JobManager(
-        guarded.uri("producer"), guarded.db_name
-    ) as producer:
+    with (
+        JobManager(guarded.server.uri, guarded.db_name) as admin,
+        JobManager(guarded.uri("producer"), guarded.db_name) as producer,
+    ):
         admin.jobs.ensure_indexes()
         first = producer.create_job("first", tmp_path / "job.py", unique_key="one")
         with pytest.raises(DuplicateJob, match=first):

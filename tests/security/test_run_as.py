@@ -84,9 +84,7 @@ def method(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture
-def supervisor(
-    directory: Path, mongo_uri: str, db_name: str, method: dict[str, Any]
-) -> Iterator[RunningSupervisor]:
+def supervisor(directory: Path, mongo_uri: str, db_name: str, method: dict[str, Any]) -> Iterator[RunningSupervisor]:
     with running_supervisor(directory, mongo_uri, db_name, run_as=USER, **method) as supervisor:
         yield supervisor
 

@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 import pytest
 from pymongo import MongoClient
-from tests.support.waiting import wait_until
 
 from supervisor.errors import ConfigurationError, StoreUnavailable
 from supervisor.store import embedded, guardian
 from supervisor.store.embedded import EmbeddedMongo, find_mongod, make_private_directory
+from tests.support.waiting import wait_until
 
 USER = """
 import sys
@@ -58,9 +58,7 @@ def users(data_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(before: str = "", **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", before + USER, str(data_dir)]
-        started.append(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
-        )
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options))
         return started[-1]
 
     yield start
@@ -299,9 +297,7 @@ def test_callers_that_block_signals_are_served_as_well(data_dir: Path, users: An
     assert has_ended(guardian_process)
 
 
-def test_guardian_and_mongod_hold_no_secret_and_no_descriptor_of_the_caller(
-    data_dir: Path, users: Any
-) -> None:
+def test_guardian_and_mongod_hold_no_secret_and_no_descriptor_of_the_caller(data_dir: Path, users: Any) -> None:
     read_end, write_end = os.pipe()
     secret = {**os.environ, "SUPERVISOR_MONGO_URI": "mongodb://user:password@host", "JOB_ID": "1"}
     _, guardian_process = address(users(env=secret, pass_fds=[write_end]))
@@ -423,9 +419,7 @@ def test_data_that_moved_or_was_made_under_another_name(data_dir: Path) -> None:
         assert config["version"] == 1
         # As if this were a copy of the data of another server. Writes to `local` cannot be retried.
         with MongoClient[dict[str, Any]](mongo.uri, retryWrites=False) as client:
-            client.local["system.replset"].update_one(
-                {}, {"$set": {"members.0.host": "elsewhere.example:27017"}}
-            )
+            client.local["system.replset"].update_one({}, {"$set": {"members.0.host": "elsewhere.example:27017"}})
     with EmbeddedMongo(data_dir / "new") as mongo, jobs(mongo.uri) as collection:
         assert collection.count_documents({}) == 1
 
@@ -436,9 +430,7 @@ def test_unreadable_data_is_explained_by_mongods_own_words(data_dir: Path) -> No
     (data / "storage.bson").write_bytes(b"not what mongod expects here")
     (data / "WiredTiger").write_bytes(b"nonsense")
     (data / "WiredTiger.wt").write_bytes(b"nonsense" * 1000)
-    with pytest.raises(
-        StoreUnavailable, match=r"could not be started: mongod ended with status .*: \w+"
-    ) as raised:
+    with pytest.raises(StoreUnavailable, match=r"could not be started: mongod ended with status .*: \w+") as raised:
         EmbeddedMongo(data_dir).start(timeout=30)
     assert "\n" not in str(raised.value)
     assert processes_of(data_dir) == []
@@ -474,9 +466,7 @@ def test_without_any_mongod_both_ways_out_are_named(data_dir: Path, monkeypatch:
     with pytest.raises(ConfigurationError) as raised:
         EmbeddedMongo(data_dir).start()
     assert raised.value.setting == "MONGO_URI"
-    assert "mongo-job-supervisor[embedded]" in str(raised.value) and "SUPERVISOR_MONGO_URI" in str(
-        raised.value
-    )
+    assert "mongo-job-supervisor[embedded]" in str(raised.value) and "SUPERVISOR_MONGO_URI" in str(raised.value)
 
 
 def test_a_mongod_of_somebody_else_that_is_not_executable_is_copied(
@@ -512,9 +502,7 @@ def test_an_endless_log_is_put_aside(data_dir: Path, users: Any) -> None:
     log = data_dir / "mongodb" / guardian.MONGOD_LOG
     with log.open("ab") as file:
         file.truncate(guardian.LOG_LIMIT_BYTES + 1)
-    wait_until(
-        lambda: log.exists() and log.stat().st_size < guardian.LOG_LIMIT_BYTES, what="mongod has a new log"
-    )
+    wait_until(lambda: log.exists() and log.stat().st_size < guardian.LOG_LIMIT_BYTES, what="mongod has a new log")
     mongod = mongod_of(guardian_process)
     wait_until(lambda: str(log) in open_files(mongod), what="mongod writes to it")
     with jobs(uri) as collection:

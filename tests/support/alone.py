@@ -49,7 +49,9 @@ def run_alone(item: pytest.Item) -> list[pytest.TestReport]:
     os.waitpid(pid, 0)
     if not text:
         raise AssertionError(f"{item.nodeid} ended its process")
-    return [item.config.hook.pytest_report_from_serializable(config=item.config, data=data) for data in json.loads(text)]
+    return [
+        item.config.hook.pytest_report_from_serializable(config=item.config, data=data) for data in json.loads(text)
+    ]
 
 
 def _plain(report: pytest.TestReport, item: pytest.Item) -> Any:

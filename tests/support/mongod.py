@@ -251,9 +251,7 @@ class ReplicaSet(_Servers):
         """Start what does not run, and wait until there is a primary and everybody else follows it."""
         for member in self._members:
             member.start()
-        members: list[dict[str, Any]] = [
-            {"_id": index, "host": host} for index, host in enumerate(self._hosts)
-        ]
+        members: list[dict[str, Any]] = [{"_id": index, "host": host} for index, host in enumerate(self._hosts)]
         members[0]["priority"] = 2  # decides the first election at once
         _initiate(_direct(self._hosts[0]), members, self._members, primary=False)
         self._await_all_healthy()
@@ -261,9 +259,7 @@ class ReplicaSet(_Servers):
     def step_down(self, seconds: int = 5) -> None:
         """Make the primary resign; it does not stand for election for so many seconds."""
         with _client(_direct(self._hosts[self._primary()])) as client, contextlib.suppress(AutoReconnect):
-            client.admin.command(
-                "replSetStepDown", seconds, secondaryCatchUpPeriodSecs=min(seconds, 2), force=True
-            )
+            client.admin.command("replSetStepDown", seconds, secondaryCatchUpPeriodSecs=min(seconds, 2), force=True)
 
     def kill_primary(self) -> None:
         """End the primary as a power failure would; the others elect a new one within some seconds."""
@@ -294,9 +290,7 @@ class ReplicaSet(_Servers):
         raise TimeoutError("the replica set is not whole: " + self._members[0].last_words())
 
 
-def _initiate(
-    uri: str, members: list[dict[str, Any]], processes: list[_Member], *, primary: bool = True
-) -> None:
+def _initiate(uri: str, members: list[dict[str, Any]], processes: list[_Member], *, primary: bool = True) -> None:
     """Make the processes a replica set if they are none yet, and wait until the one at `uri` is in it."""
     config = {
         "_id": "rs0",

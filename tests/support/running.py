@@ -149,9 +149,11 @@ class RunningSupervisor:
     def wait_idle(self, workers: int, timeout: float = 30) -> None:
         """Until so many workers are up, nothing runs, and it says that it is ready."""
         wait_until(
-            lambda: self.metric("workers", state="idle") == workers
-            and self.metric("workers", state="busy") + self.metric("workers", state="starting") == 0
-            and self.is_ready(),
+            lambda: (
+                self.metric("workers", state="idle") == workers
+                and self.metric("workers", state="busy") + self.metric("workers", state="starting") == 0
+                and self.is_ready()
+            ),
             timeout=timeout,
             what=lambda: f"{workers} idle workers:\n{self.log()[-3000:]}",
         )

@@ -46,9 +46,7 @@ def assert_exceeded(document: Document, limit_mb: int) -> None:
 
 
 @pytest.mark.parametrize("start_method", ["warm", "exec"])
-def test_a_hog_is_killed_with_all_that_it_started(
-    supervisor: RunningSupervisor, jobs: Jobs, start_method: str
-) -> None:
+def test_a_hog_is_killed_with_all_that_it_started(supervisor: RunningSupervisor, jobs: Jobs, start_method: str) -> None:
     script, record = jobs.script(HOG_WITH_CHILDREN), jobs.directory / "pids"
     document = jobs.wait(jobs.submit(script, record, required_memory=100, start_method=start_method))
     assert_exceeded(document, 100)
@@ -64,20 +62,24 @@ def test_a_hog_is_killed_with_all_that_it_started(
 
 
 def test_memory_of_all_processes_counts_together(shared: Shared) -> None:
-    document = shared.jobs.run("""
+    document = shared.jobs.run(
+        """
 import os, time
 for _ in range(4):
     if os.fork() == 0:
         block = bytearray(30 * 2**20)
         time.sleep(60)
 time.sleep(60)
-""", required_memory=100)
+""",
+        required_memory=100,
+    )
     assert_exceeded(document, 100)
 
 
 def test_shared_pages_count_once(shared: Shared) -> None:
     """Four forks that share 60 MB are no 300 MB."""
-    document = shared.jobs.run("""
+    document = shared.jobs.run(
+        """
 import os, time
 block = bytearray(60 * 2**20)
 children = []
@@ -88,7 +90,9 @@ for _ in range(4):
         os._exit(0)
 for _ in range(4):
     os.wait()
-""", required_memory=110)
+""",
+        required_memory=110,
+    )
     assert document["status"] == "completed", document["error"]
     assert 60 <= document["peak_memory"] <= 110
 
@@ -114,7 +118,9 @@ def test_the_log_names_the_largest_process(shared: Shared) -> None:
 def test_a_database_that_hangs_delays_no_kill(
     supervisor: RunningSupervisor, jobs: Jobs, mongo_server: MongoServer
 ) -> None:
-    job = jobs.gated(required_memory=80, source="""
+    job = jobs.gated(
+        required_memory=80,
+        source="""
 import os, sys, time
 with open(sys.argv[1], "w") as file:
     file.write(f"main 1 {os.getpid()} 0\\n")
@@ -123,7 +129,8 @@ while not os.path.exists(sys.argv[1] + ".open"):
 blocks = []
 while True:
     blocks.append(bytearray(2**20))
-""")
+""",
+    )
     main = psutil.Process(job.wait_started())
     mongo_server.pause()
     try:

@@ -64,14 +64,16 @@ def test_a_failure_during_the_outage_is_kept_like_a_success(
     start_supervisor: Start, jobs: Jobs, mongo_server: MongoServer
 ) -> None:
     start_supervisor()
-    job = jobs.gated(source="""
+    job = jobs.gated(
+        source="""
 import os, sys, time
 with open(sys.argv[1], "w") as file:
     file.write(f"main 1 {os.getpid()} 0\\n")
 while not os.path.exists(sys.argv[1] + ".open"):
     time.sleep(0.01)
 sys.exit("it went wrong")
-""")
+"""
+    )
     main = psutil.Process(job.wait_started())
     with outage(mongo_server):
         job.let_go()

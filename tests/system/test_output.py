@@ -39,12 +39,15 @@ def test_both_streams_are_kept(shared: Shared) -> None:
 def test_200_mb_of_output(start_supervisor: Start, jobs: Jobs) -> None:
     """The first and the last half of the limit are kept, and neither document nor supervisor grows with the rest."""
     supervisor = start_supervisor(log_limit=4, workers=1)
-    document = jobs.run("""
+    document = jobs.run(
+        """
 import sys
 line = b"%011d\\n"
 for n in range(200 * 2**20 // 12 // 1000):
     sys.stdout.buffer.write(b"".join(line % i for i in range(n * 1000, n * 1000 + 1000)))
-""", required_memory=64)
+""",
+        required_memory=64,
+    )
     assert document["status"] == "completed", document["error"]
     assert len(bson.encode(document)) < 200 * KB
     kept = jobs.output(document["_id"])
@@ -138,11 +141,15 @@ print("parent")
 
 
 def test_each_attempt_has_output_of_its_own(shared: Shared) -> None:
-    document = shared.jobs.run("""
+    document = shared.jobs.run(
+        """
 import os, sys
 print("attempt", os.environ["JOB_ATTEMPT"])
 sys.exit(int(os.environ["JOB_ATTEMPT"]) < 3)
-""", max_attempts=3, retry_delay=0)
+""",
+        max_attempts=3,
+        retry_delay=0,
+    )
     assert document["status"] == "completed"
     for attempt in (1, 2, 3):
         assert shared.jobs.output(document["_id"], attempt=attempt) == f"attempt {attempt}\n".encode()

@@ -23,9 +23,7 @@ def test_a_lease_is_renewed_for_as_long_as_the_job_runs(start_supervisor: Start,
     job = jobs.gated()
     job.wait_started()
     first = job.get()["lock"]
-    wait_until(
-        lambda: (job.get()["lock"]["expires_at"] - first["expires_at"]).total_seconds() > 2.5, what="renewals"
-    )
+    wait_until(lambda: (job.get()["lock"]["expires_at"] - first["expires_at"]).total_seconds() > 2.5, what="renewals")
     assert job.get()["lock"]["token"] == first["token"]
     document = job.finish()
     assert (document["status"], document["attempts"]) == ("completed", 1)

@@ -137,9 +137,7 @@ def test_the_terminal_interrupts_the_whole_foreground_group(start_supervisor: St
     assert supervisor.wait() == 0
 
 
-def test_a_drain_without_mongodb_ends(
-    start_supervisor: Start, mongo_server: MongoServer
-) -> None:
+def test_a_drain_without_mongodb_ends(start_supervisor: Start, mongo_server: MongoServer) -> None:
     supervisor = start_supervisor()
     mongo_server.stop()
     try:

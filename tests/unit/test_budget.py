@@ -35,9 +35,7 @@ def budget_with(*reserved: int, total: int = TOTAL, patience: float = 10.0) -> B
         ((600, 600), 1, None),
     ],
 )
-def test_an_offer_is_a_fair_share_of_what_is_free(
-    reserved: tuple[int, ...], idle: int, expected: Offer | None
-) -> None:
+def test_an_offer_is_a_fair_share_of_what_is_free(reserved: tuple[int, ...], idle: int, expected: Offer | None) -> None:
     assert budget_with(*reserved).offer(0, "slot", idle) == expected
 
 
@@ -289,8 +287,7 @@ class Pool:
         """All idle workers claim at the same time: every offer is made before the first is answered."""
         started: list[tuple[int, Job]] = []
         offers = [
-            (slot, self.budget.offer(self.now, slot, len(self._idle) - count))
-            for count, slot in enumerate(self._idle)
+            (slot, self.budget.offer(self.now, slot, len(self._idle) - count)) for count, slot in enumerate(self._idle)
         ]
         for slot, offer in offers:
             job = self._first_up_to(offer.limit_mb) if offer is not None else None
@@ -360,9 +357,7 @@ def stream_that_starves(seed: int) -> tuple[list[Job], Job]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("patience", [0.0, 10.0])
-def test_the_largest_job_waits_no_longer_than_patience_and_the_longest_run(
-    seed: int, patience: float
-) -> None:
+def test_the_largest_job_waits_no_longer_than_patience_and_the_longest_run(seed: int, patience: float) -> None:
     stream, large = stream_that_starves(seed)
     Pool(Budget(4096, patience), 24, stream).run()
     first_in_line = max(large.due, *(job.started for job in stream if job.due < large.due))

@@ -178,9 +178,7 @@ def test_retries_come_later_and_later(first: float, failures: int, jitter: float
         (Ending.INTERRUPTED, 0, None, None),
     ],
 )
-def test_how_an_attempt_ended(
-    ending: Ending, exit_code: int | None, reason: Reason | None, error: str | None
-) -> None:
+def test_how_an_attempt_ended(ending: Ending, exit_code: int | None, reason: Reason | None, error: str | None) -> None:
     outcome = outcome_of(ending, exit_code, error="sentence", peak_memory_mb=7, last_words="last words")
     assert (outcome.reason, outcome.error, outcome.exit_code) == (reason, error, exit_code)
     assert outcome.peak_memory_mb == 7
