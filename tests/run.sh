@@ -11,6 +11,8 @@ if [ $# -eq 0 ]; then
     "$bin/ruff" check .
     "$bin/ruff" format --check .
     "$bin/mypy"
-    "$bin/lint-imports" --no-logo 2>/dev/null || "$bin/lint-imports"
+    "$bin/lint-imports"
+    # Most tests wait for processes: three at a time, a file's tests one after the other.
+    set -- --numprocesses 3 --dist loadfile
 fi
 exec "$bin/python" -m pytest "$@"

@@ -75,7 +75,7 @@ def test_a_job_that_crosses_its_limit_is_reported(
     ("shape", "limit_mb", "used_mb"),
     [
         (("grow_to", 95), 100, 95),
-        (("shared_mapping_of_many", 60, 4), 100, 62),
+        (("shared_mapping_of_many", 60, 4), 100, 66),
         (("forks_that_share", 200, 4), 300, 205),
         (("starts_programs", 120, 150), 160, 122),
         (("children", 20, 3), 128, None),

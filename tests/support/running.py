@@ -255,8 +255,9 @@ if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         note("daemon")
-        program = "import time; time.sleep(3600)"
-        os.execve(sys.executable, [sys.executable, "-c", program], {} if "--hide" in sys.argv else os.environ)
+        if "--hide" in sys.argv:
+            os.execve(sys.executable, [sys.executable, "-c", "import time; time.sleep(3600)"], {})
+        time.sleep(3600)
     os._exit(0)
 note("main")
 while not os.path.exists(path + ".open"):
