@@ -101,8 +101,8 @@ def follow(manager: JobManager, ids: list[str]) -> list[dict[str, Any]]:
 
 
 def table(documents: list[dict[str, Any]]) -> Table:
-    rows = Table(title="Sample jobs", box=None)
-    for heading in ("id", "name", "status", "tries", "seconds", "memory"):
+    rows = Table(title="Sample jobs", box=None, padding=(0, 1, 0, 0))
+    for heading in ("id", "name", "status", "s", "memory"):
         rows.add_column(heading, no_wrap=True)
     rows.add_column("outcome")
     for document in documents:
@@ -112,7 +112,6 @@ def table(documents: list[dict[str, Any]]) -> Table:
             str(document["_id"]),
             document["request_name"],
             f"[{COLOURS.get(status, 'white')}]{status}[/]",
-            str(document.get("attempts", 0)),
             f"{document['duration_seconds']:.1f}" if "duration_seconds" in document else "",
             f"{'-' if peak is None else peak}/{document['required_memory']} MB",
             document.get("error") or when(document),
