@@ -16,7 +16,13 @@ SHIFT = {shift}
 real_time = time.time
 time.time = lambda: real_time() + SHIFT
 
-class Shifted(datetime.datetime):
+class Meta(type):
+    def __instancecheck__(cls, value):  # what the driver decodes is of the class that was there before
+        return isinstance(value, real)
+
+real = datetime.datetime
+
+class Shifted(datetime.datetime, metaclass=Meta):
     @classmethod
     def now(cls, tz=None):
         return super().now(tz) + datetime.timedelta(seconds=SHIFT)
@@ -85,9 +91,6 @@ def test_a_cancel_is_heard_at_once(start_supervisor: Start, jobs: Jobs) -> None:
     jobs.wait(job.id, "cancelled", timeout=10)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="known: beside a supervisor with a shifted clock, a job starts up to a poll late"
-)
 @pytest.mark.parametrize("shift", [7200, -7200])
 def test_only_the_clock_of_the_server_counts(start_supervisor: Start, jobs: Jobs, shift: int) -> None:
     """A supervisor whose host is two hours ahead, or behind, beside one whose clock is right."""
