@@ -68,6 +68,8 @@ TICK_SECONDS = 1.0
 BEAT_SECONDS = 0.1
 """At most so often the keeper hears what happened; at least once a tick."""
 SWEEP_SECONDS = 0.01
+ANSWER_SECONDS = 1.0
+"""A claimed job waits no longer to hear whether it may start: another worker's claim may hang."""
 MAX_AHEAD = 16
 CAUTIOUS_SECONDS = 30.0
 PRELOAD_SECONDS = 600.0
@@ -93,6 +95,14 @@ class Held:
     slot: Slot
     used_mb: int = 0
     deadline: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A worker has claimed a job, and waits to hear whether it fits into the budget."""
+
+    slot: Slot
+    asked_at: float
 
 
 @dataclass(slots=True)
@@ -146,7 +156,11 @@ class Supervisor:
         self._held: dict[str, Held] = {}
         self._lost_workers: list[WorkerLost] = []
         self._announced = 0
+        self._looked_mb = 0
+        """How large a job could have been that the last look at the queue would have found."""
         self._grants = 0
+        self._asking: dict[int, Question] = {}
+        """Grants whose workers have claimed, and wait for an answer."""
         self._claiming_ahead: int | None = None
         self._cautious_until = 0.0
         self._news = News()
@@ -169,6 +183,7 @@ class Supervisor:
                 self._dispatch(key)
             self._replace_the_dead()
             self._pool.retire_outdated()
+            self._answer_claims()
             self._grant_claims()
             self._tick()
             self._advance_shutdown()
@@ -297,8 +312,8 @@ class Supervisor:
             self._held[job.token] = Held(job, slot, deadline=deadline)
         memory_mb = max((job.memory_mb for job in claimed.jobs), default=0)
         if claimed.waits:
-            fits = self.phase is Phase.RUNNING and self._budget.admit(claimed.grant, memory_mb)
-            slot.worker.send(Admit(claimed.grant) if fits else Refuse(claimed.grant))
+            self._budget.ask(claimed.grant, memory_mb)
+            self._asking[claimed.grant] = Question(slot, clock())
         else:
             self._budget.settle(claimed.grant, memory_mb)
         if slot.asks:  # found by looking, not announced: there may be more
@@ -325,10 +340,6 @@ class Supervisor:
         slot.update_state()
         if slot.state is SlotState.IDLE:
             slot.asks = True
-        elif slot.claiming is not None:
-            slot.asks_again = True
-        else:
-            self._ask_another()
 
     def _finished(self, finished: Finished) -> None:
         self._news.finished += finished.jobs
@@ -395,14 +406,29 @@ class Supervisor:
                 slot.asks = True
                 return
 
+    def _answer_claims(self) -> None:
+        """Tells workers whether what they have claimed may start."""
+        if not self._asking:
+            return
+        answers = dict(self._budget.answers())
+        for grant, question in list(self._asking.items()):
+            waited = grant not in answers and clock() - question.asked_at > ANSWER_SECONDS
+            if waited or self.phase is not Phase.RUNNING:
+                self._budget.settle(grant, None)
+                answers[grant] = False
+            if grant in answers:
+                question.slot.worker.send(Admit(grant) if answers[grant] else Refuse(grant))
+                del self._asking[grant]
+
     def _grant_claims(self) -> None:
         if self.phase is not Phase.RUNNING or not self._keeper_ready or not self._store_up:
             return
         up = [slot for slot in self._pool.slots.values() if slot.generation == self._pool.generation]
         idle = [slot for slot in up if slot.state is SlotState.IDLE]
+        idle.sort(key=lambda slot: not slot.asks)  # one that looks anyway spares the others the look for more memory
         for count, slot in enumerate(idle):
-            if slot.asks or self._announced:
-                self._grant(slot, idle=len(idle) - count)
+            if slot.asks or self._announced or self._budget.room(clock()) > self._looked_mb:
+                self._looked_mb = self._grant(slot, idle=len(idle) - count)
         if any(slot.state is SlotState.IDLE for slot in up):
             return
         if self._announced:
@@ -410,22 +436,23 @@ class Supervisor:
             self._announced = 0  # nobody is idle, and whoever becomes idle after a job looks by itself
         for slot in up:
             if slot.hungry and slot.state is SlotState.BUSY and slot.claiming is None and self._may_claim_ahead():
-                self._grant(slot, idle=1)
+                self._looked_mb = min(self._looked_mb, self._grant(slot, idle=1))
 
-    def _grant(self, slot: Slot, *, idle: int) -> None:
-        """Lets a worker claim, as much as there is room for."""
+    def _grant(self, slot: Slot, *, idle: int) -> int:
+        """Lets a worker claim, as much as there is room for; returns the limit in MB, 0 where it may not."""
         count = self._how_many(slot, idle)
         self._grants += 1
         offer = self._budget.offer(clock(), self._grants, idle=idle)
         if offer is None or not slot.worker.send(Claim(self._grants, offer.limit_mb, offer.sure_mb, count)):
             self._budget.settle(self._grants, None)
-            return
+            return 0
         if not slot.asks and not slot.hungry:
-            self._announced -= 1
+            self._announced = max(0, self._announced - 1)
         slot.claiming, slot.asks_again, slot.hungry = self._grants, False, False
         slot.update_state()
         if count > 1:
             self._claiming_ahead = self._grants
+        return offer.limit_mb
 
     def _may_claim_ahead(self) -> bool:
         """One worker at a time claims several jobs: two would take them from each other. None does after a crash,
@@ -500,9 +527,9 @@ class Supervisor:
         for grant in {*slot.grants, slot.claiming}:
             if grant is not None:
                 self._answered(slot, grant)
+                self._asking.pop(grant, None)
                 self._budget.release(grant)
         self._cautious_until = clock() + CAUTIOUS_SECONDS
-        self._ask_another()  # its memory is free for others
         for token in [token for token, held in self._held.items() if held.slot is slot]:
             del self._held[token]
         retired = slot.worker_name == ""

@@ -3,8 +3,9 @@
 Pure bookkeeping in MB, kept by the supervisor process: no I/O, no clock. If a worker dies, release its key.
 
 A job's way: the supervisor makes an idle worker an *offer*; the worker claims a job of up to `limit_mb`. One
-of up to `sure_mb` starts at once, since the offer holds that much for it; for a larger one the worker asks
-(`admit`), because others may have claimed at the same time. Either ends the offer.
+of up to `sure_mb` starts at once, since the offer holds that much for it (`settle`). For a larger one the worker asks
+(`ask`), because others claim at the same time; the answer may have to wait until it is known what they found
+(`answers`). Either ends the offer.
 
 A job too large for what is free could wait for ever behind a stream of small ones. So the keeper reports the
 first due job, the *head*. Once that has been passed over for `patience` seconds, room is kept for it: jobs
@@ -14,7 +15,7 @@ ran at that moment have ended: after patience and the longest of their remaining
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 USUAL_MB = 128
@@ -50,8 +51,8 @@ class Budget:
         """While room is kept for the head: who held memory or an offer when that began, and still does."""
         self._server: Hashable | None = None
         """Whose offer is large enough for the head."""
-        self._refused = 0
-        """The size of a job that was given back only because others held offers: the next offer is sure of it."""
+        self._asked: dict[Hashable, int] = {}
+        """The sizes of jobs that were claimed, and wait for an answer."""
         self._paused: str | None = None
 
     @property
@@ -110,31 +111,49 @@ class Budget:
         """
         self._end_offer(key)
         self._forget_age(key)
-        self._consider_head(now)
-        if self._paused is not None:
-            return None
-        if self.kept and self._server is None and self._unpromised(key) >= self.kept:
-            self._server = key
-        room = self._room(key)
+        room = self.room(now)
         if room < 1:
             return None
+        if self._could_serve(self._promises()):
+            self._server = key
         sure = min(room, max(room // max(1, idle), USUAL_MB))
         if self._server == key:
             sure = max(sure, self.kept)
-        if 0 < self._refused <= room:
-            sure, self._refused = max(sure, self._refused), 0
         self._offers[key] = Offer(room, sure)
         return self._offers[key]
 
-    def admit(self, key: Hashable, mb: int) -> bool:
-        """Whether the job that was claimed fits now: then it is reserved. Else it must be given back."""
-        if mb <= self._room(key):
-            self._start(key, mb)
-            return True
-        if mb <= self.free:
-            self._refused = max(self._refused, mb)
-        self._end_offer(key)
-        return False
+    def room(self, now: float) -> int:
+        """The limit that a new offer would have now, in MB; below 1 there would be none."""
+        self._consider_head(now)
+        if self._paused is not None:
+            return 0
+        promises = self._promises()
+        return self._room(promises, serves=self._could_serve(promises))
+
+    def ask(self, key: Hashable, mb: int) -> None:
+        """The offer's claim came to a job of more than the sure part: may it start?"""
+        self._asked[key] = mb
+        self._offers.setdefault(key, Offer(mb, 0))
+
+    def answers(self) -> list[tuple[Hashable, bool]]:
+        """Answers what can be answered now, the oldest offer first.
+
+        True: the job is reserved. False: it does not fit, and must be given back. A job that would fit if the claims
+        that are under way came to nothing gets no answer yet: given back, it would lose its turn.
+        """
+        answers = []
+        promises = {key: offer.sure_mb for key, offer in self._offers.items() if key not in self._asked}
+        for key in [key for key in self._offers if key in self._asked]:
+            mb, serves = self._asked[key], key == self._server
+            if mb > self._room({}, serves=serves):
+                self._end_offer(key)
+                answers.append((key, False))
+            elif mb <= self._room(promises, serves=serves):
+                self._start(key, mb)
+                answers.append((key, True))
+            else:
+                promises[key] = mb
+        return answers
 
     def settle(self, key: Hashable, mb: int | None) -> None:
         """The offer's end: a job of `mb` has started, or none.
@@ -183,24 +202,23 @@ class Budget:
 
     # -- sums
 
-    def _room(self, key: Hashable) -> int:
-        """The largest job that this slot could start now."""
-        room = self._unpromised(key)
-        if self.kept and self._server != key:
-            return min(room, self._total - self.kept - self._younger(key))
-        return room
+    def _promises(self) -> dict[Hashable, int]:
+        """What each claim that is under way may come to without asking, or has asked for."""
+        return {key: max(offer.sure_mb, self._asked.get(key, 0)) for key, offer in self._offers.items()}
 
-    def _unpromised(self, key: Hashable) -> int:
-        promised = sum(offer.sure_mb for other, offer in self._offers.items() if other != key)
-        return self._total - self.reserved - promised
+    def _could_serve(self, promises: Mapping[Hashable, int]) -> bool:
+        """Whether the next offer is to be the one for the head."""
+        return 0 < self.kept <= self._total - self.reserved - sum(promises.values()) and self._server is None
 
-    def _younger(self, key: Hashable) -> int:
-        """What was given since room is kept for the head, to others than the head."""
+    def _room(self, promises: Mapping[Hashable, int], *, serves: bool) -> int:
+        """The largest job that could start beside these promises; one that does not serve the head leaves room."""
+        room = self._total - self.reserved - sum(promises.values())
+        if serves or not self.kept:
+            return room
         older = self._older or set()
-        reserved = sum(mb for other, mb in self._reserved.items() if other not in older)
-        offers = self._offers.items()
-        ignored = {*older, key, self._server}
-        return reserved + sum(offer.sure_mb for other, offer in offers if other not in ignored)
+        younger = sum(mb for key, mb in self._reserved.items() if key not in older)
+        younger += sum(mb for key, mb in promises.items() if key not in older and key != self._server)
+        return min(room, self._total - self.kept - younger)
 
     def _start(self, key: Hashable, mb: int) -> None:
         served = self._server == key and mb == self.kept
@@ -210,6 +228,7 @@ class Budget:
 
     def _end_offer(self, key: Hashable) -> None:
         self._offers.pop(key, None)
+        self._asked.pop(key, None)
         if self._server == key:
             self._server = None
 

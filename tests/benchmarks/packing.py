@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,18 +109,24 @@ class Ours:
             offer = self.budget.offer(now, slot, idle=len(idle) - number)
             if offer is not None:
                 offers.append((slot, offer))
-        started = []
+        started: list[tuple[int, SimulatedJob]] = []
+        asked: dict[Hashable, tuple[int, SimulatedJob]] = {}
+        left = list(waiting)
         for slot, offer in offers:
-            job = next((job for job in waiting if job.mb <= offer.limit_mb and job.started is None), None)
+            job = next((job for job in left if job.mb <= offer.limit_mb), None)
             if job is None:
                 self.budget.settle(slot, None)
-            elif job.mb <= offer.sure_mb:
+                continue
+            left.remove(job)
+            if job.mb <= offer.sure_mb:
                 self.budget.settle(slot, job.mb)
-                job.started = now
                 started.append((slot, job))
-            elif self.budget.admit(slot, job.mb):
-                job.started = now
-                started.append((slot, job))
+            else:
+                self.budget.ask(slot, job.mb)
+                asked[slot] = slot, job
+        started += [asked[key] for key, fits in self.budget.answers() if fits]
+        for _, job in started:
+            job.started = now
         return started
 
     def release(self, slot: int, job: SimulatedJob) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import pytest
@@ -75,31 +76,48 @@ def test_a_job_that_starts_without_asking_must_be_within_its_sure_part() -> None
     assert budget.reserved == 0
 
 
-def test_a_large_job_is_admitted_when_the_others_leave_room() -> None:
+def test_a_large_job_waits_for_what_others_find() -> None:
     budget = Budget(TOTAL)
     for slot in (1, 2):
         budget.offer(0, slot, 3 - slot)  # sure of 512 each
-    assert not budget.admit(1, 700), "the other may start 512 at any moment"
-    assert budget.admit(2, 700), "the refused one holds nothing any more"
+    budget.ask(1, 700)
+    assert budget.answers() == [], "the other may start 512 at any moment"
+    assert budget.offer(0, 3, 1) is None, "and nobody else may take what both may need"
+    budget.settle(2, None)
+    assert budget.answers() == [(1, True)]
+    assert budget.answers() == []
     assert budget.reserved == 700
 
 
-def test_workers_that_all_ask_are_not_all_refused() -> None:
+def test_a_large_job_is_given_back_when_others_have_taken_its_room() -> None:
+    budget = Budget(TOTAL)
+    for slot in (1, 2):
+        budget.offer(0, slot, 3 - slot)
+    budget.ask(1, 700)
+    budget.settle(2, 512)
+    assert budget.answers() == [(1, False)]
+    assert budget.offer(0, 3, 1) == Offer(512, 512), "the refused one holds nothing any more"
+
+
+def test_of_workers_that_all_ask_the_first_go_first() -> None:
     budget = Budget(256)
     slots = [slot for slot in range(4) if budget.offer(0, slot, 4 - slot)]
-    admitted = [slot for slot in slots if budget.admit(slot, 128)]
-    assert len(admitted) == 2
+    assert slots == [0, 1]
+    for slot in reversed(slots):
+        budget.ask(slot, 200)
+    assert budget.answers() == [(0, True), (1, False)]
+    assert budget.reserved == 200
 
 
-def test_a_job_refused_because_others_held_offers_is_not_refused_again() -> None:
+def test_a_later_question_does_not_overtake_an_earlier_one() -> None:
     budget = Budget(TOTAL)
-    for slot in range(4):
-        budget.offer(0, slot, 4 - slot)
-    assert not budget.admit(0, 1000)
-    for slot in range(1, 4):
-        budget.settle(slot, None)
-    assert budget.offer(0, 0, 4) == Offer(1024, 1000)
-    assert budget.offer(0, 1, 3) == Offer(24, 24)
+    for slot in range(3):
+        budget.offer(0, slot, 4 - slot)  # sure of 256 each
+    budget.ask(0, 900)
+    budget.ask(1, 300)
+    assert budget.answers() == [], "beside the 900 and what the last one may find there is no room for 300"
+    budget.release(0)
+    assert budget.answers() == [(1, True)], "a dead worker asks nothing"
 
 
 def test_a_dead_worker_holds_nothing() -> None:
@@ -149,7 +167,8 @@ class TestHead:
         assert budget.offer(10, 1, 1) == Offer(224, 224)
         budget.settle(1, 200)
         assert budget.offer(10, 2, 1) == Offer(24, 24)
-        assert not budget.admit(2, 25)
+        budget.ask(2, 25)
+        assert budget.answers() == [(2, False)]
 
     def test_as_soon_as_it_fits_one_offer_is_made_for_it(self) -> None:
         budget = budget_with(600)
@@ -289,24 +308,35 @@ class Pool:
         offers = [
             (slot, self.budget.offer(self.now, slot, len(self._idle) - count)) for count, slot in enumerate(self._idle)
         ]
+        asked: dict[Hashable, tuple[int, Job]] = {}
         for slot, offer in offers:
-            job = self._first_up_to(offer.limit_mb) if offer is not None else None
+            job = self._take_first_up_to(offer.limit_mb) if offer is not None else None
             if job is None or offer is None:
                 self.budget.settle(slot, None)
-            elif job.mb > offer.sure_mb and not self.budget.admit(slot, job.mb):
-                continue
+            elif job.mb > offer.sure_mb:
+                self.budget.ask(slot, job.mb)
+                asked[slot] = slot, job
             else:
-                if job.mb <= offer.sure_mb:
-                    self.budget.settle(slot, job.mb)
-                self._queue.remove(job)
-                heapq.heapify(self._queue)
-                job.started = self.now
+                self.budget.settle(slot, job.mb)
                 started.append((slot, job))
+        for key, fits in self.budget.answers():
+            slot, job = asked.pop(key)
+            if fits:
+                started.append((slot, job))
+            else:
+                heapq.heappush(self._queue, job)
+        assert not asked, "when all have claimed, all are answered"
+        for _, job in started:
+            job.started = self.now
         self._idle = [slot for slot in self._idle if slot not in {slot for slot, _ in started}]
         return started
 
-    def _first_up_to(self, limit_mb: int) -> Job | None:
-        return min((job for job in self._queue if job.mb <= limit_mb), default=None)
+    def _take_first_up_to(self, limit_mb: int) -> Job | None:
+        job = min((job for job in self._queue if job.mb <= limit_mb), default=None)
+        if job is not None:
+            self._queue.remove(job)
+            heapq.heapify(self._queue)
+        return job
 
 
 def mixed_stream(seed: int, jobs: int, load: float, total: int) -> list[Job]:
