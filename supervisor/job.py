@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
@@ -28,8 +28,8 @@ MAX_ARGUMENT_BYTES = 131_071
 MAX_ARGUMENTS_BYTES = 2_000_000 - 128_000
 """The kernel's limit for all of them together (a quarter of the default stack), less room for the environment."""
 MAX_INT = 2**63 - 1
-MAX_COUNT = 2**31
-"""More attempts than any job has; what another program wrote beyond it could not be written back."""
+MAX_COUNT = MAX_INT - 1
+"""What another program wrote beyond it could not be counted up and written back."""
 
 
 def _whole(value: Any) -> Any:
@@ -51,17 +51,23 @@ def _text(value: str) -> str:
     return value
 
 
+def _size(strings: Iterable[str]) -> int:
+    """What they need when a process is started."""
+    return sum(len(string.encode()) + 9 for string in strings)  # 9: the terminating NUL and a pointer
+
+
 def _arguments(value: list[str]) -> list[str]:
-    size = sum(len(argument.encode()) + 9 for argument in value)  # 9: the terminating NUL and a pointer
+    size = _size(value)
     if size > MAX_ARGUMENTS_BYTES:
         raise ValueError(f"needs {size} bytes in all, the limit is {MAX_ARGUMENTS_BYTES}")
     return value
 
 
 def _environment(value: dict[str, str]) -> dict[str, str]:
-    for name in value:
+    for name, text in value.items():
         if not name or "=" in name:
             raise ValueError(f"{name!r} is not the name of a variable")
+        _text(f"{name}={text}")  # the kernel's limit is on both together
     return value
 
 
@@ -112,9 +118,13 @@ class JobSpec(BaseModel):
     def from_document(cls, document: Mapping[str, Any]) -> Self:
         """The job that a document describes; raises `InvalidJob` with the first field that is wrong."""
         try:
-            return cls.model_validate(document)
+            spec = cls.model_validate(document)
         except ValidationError as error:
             raise _invalid(error) from None
+        size = _size(spec.python_args) + _size(f"{name}={value}" for name, value in spec.env.items())
+        if size > MAX_ARGUMENTS_BYTES:
+            raise InvalidJob("env", f"needs {size} bytes together with python_args, the limit is {MAX_ARGUMENTS_BYTES}")
+        return spec
 
 
 def _invalid(error: ValidationError) -> InvalidJob:

@@ -62,6 +62,7 @@ REGISTER_AGAIN_SECONDS = 2.0
 COUNT_SECONDS = 10.0
 COUNT_DUTY = 50
 """Counting takes at most one fiftieth of the time: a large collection is counted less often."""
+REFUSE_SECONDS = 60.0
 RETENTION_SECONDS = 600.0
 HEAD_SECONDS = 1.0
 ADOPT_SECONDS = 0.1
@@ -265,6 +266,7 @@ class Keeper:
             "reports",
             [
                 Duty("poll", self._poll_once),
+                Duty("refuse", self._refuse_once),
                 Duty("due", self._due_once),
                 Duty("head", self._head_once),
                 Duty("count", self._count_once),
@@ -371,6 +373,7 @@ class Keeper:
     def _prepare_once(self) -> float:
         """Connects: indexes, registration, the results on disk, and what an earlier self left running."""
         self._jobs.ensure_indexes(by_queue=bool(self._settings.queues))
+        self._jobs.refuse_duplicates()
         self._supervisors.register(self._identity, self._facts())
         self._leases.replay_once()
         self._count_reclaimed("startup", self._leases.reclaim_startup_once())
@@ -463,6 +466,14 @@ class Keeper:
             self._tell(Wake(0))
         return self._settings.poll_interval * random.uniform(0.9, 1.1)
 
+    def _refuse_once(self) -> float:
+        """Documents of other programs that would wait for ever. Normally the change stream tells of them."""
+        if not self._ready:
+            return 1.0
+        began = time.monotonic()
+        self._jobs.refuse_never_due()
+        return max(REFUSE_SECONDS, COUNT_DUTY * (time.monotonic() - began))
+
     def _due_once(self) -> float:
         """Wakes the pool when scheduled jobs become due."""
         if clock() - self._woken_at < BURST_SECONDS:
@@ -552,6 +563,8 @@ class Keeper:
             return
         if not change.is_complete:
             self._adopt_soon()
+        if change.is_odd:
+            self._report_thread.hasten("refuse")
         delay = 0.0
         if change.scheduled_date is not None:
             delay = (change.scheduled_date - (change.at or datetime.now(UTC))).total_seconds()

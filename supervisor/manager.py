@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -25,13 +25,20 @@ from supervisor.store.transitions import Demand, Owner
 
 Document = dict[str, Any]
 
+MAX_TOKENS = 10_000
+MAX_LINE = 65_536
+"""Characters of a log message; what is longer is cut."""
+
 
 def new_document(request_name: str, python_path: str, **fields: Any) -> Document:
     """The document of a new job; raises `InvalidJob` with the first field that is wrong."""
     unknown = sorted(set(fields) - set(JobSpec.model_fields))
     if unknown:
         raise InvalidJob(unknown[0], "is not a field of a job")
-    spec = JobSpec.from_document({"request_name": request_name, "python_path": python_path, **fields})
+    given = {"request_name": request_name, "python_path": python_path, **fields}
+    spec = JobSpec.from_document(
+        {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    )
     now = datetime.now(UTC)
     document = spec.model_dump(exclude_none=True, exclude_unset=True)
     return {
@@ -81,7 +88,8 @@ class JobManager:
         self.reports = Reports(self.jobs)
         self.supervisors = SupervisorStore(self.jobs)
         self._indexed = False
-        self._tokens: dict[str, str] = {}
+        self._tokens: dict[Any, str] = {}
+        """Of the jobs that this object has locked, also when it has given them up: then they match nothing more."""
         host = socket.gethostname()
         name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
         self._owner = Owner(supervisor_id=name, host=host, worker_pid=os.getpid(), worker=name)
@@ -104,8 +112,8 @@ class JobManager:
         self._ensure_indexes()
         document = new_document(
             request_name,
-            os.fspath(python_path),
-            python_args=list(python_args or []),
+            os.fspath(python_path) if isinstance(python_path, os.PathLike) else python_path,
+            python_args=[] if python_args is None else python_args,
             required_memory=required_memory,
             scheduled_date=scheduled_date,
             **optional,
@@ -127,16 +135,24 @@ class JobManager:
         """
         self._ensure_indexes()
         token = secrets.token_hex(16)
+        self.jobs.adopt()  # where no supervisor runs, nobody else gives documents of other programs their place
         document = self.jobs.claim(self._owner, token, Demand(), lease_seconds)
         if document is not None:
-            self._tokens[str(document["_id"])] = token
+            self._remember(document["_id"], token)
         return document
 
-    def update_job_status(self, job_id: Any, status: Status | str, log_message: str) -> None:
-        """Sets a job's status and appends a line to its log.
+    def _remember(self, key: Any, token: str) -> None:
+        self._tokens.pop(_hashable(key), None)
+        self._tokens[_hashable(key)] = token
+        if len(self._tokens) > MAX_TOKENS:
+            del self._tokens[next(iter(self._tokens))]
 
-        If this object locked the job, the write holds only while that lock does, and raises `LeaseLost` otherwise.
-        Raises `JobNotFound` for an unknown id, and `InvalidJob` for an unknown status.
+    def update_job_status(self, job_id: Any, status: Status | str, log_message: str) -> None:
+        """Makes a move of a job's status and appends a line to its log.
+
+        If this object locked the job, the write holds only while that lock does. If it did not, the job must be
+        where such a move can begin, and not be held by a supervisor. Raises `LeaseLost` otherwise, `JobNotFound` for
+        an unknown id, and `InvalidJob` for an unknown status or a message that is no text.
         """
         try:
             status = Status(status)
@@ -145,12 +161,17 @@ class JobManager:
         found = self.jobs.find(job_id, {"_id": True})
         if found is None:
             raise JobNotFound(f"there is no job {job_id}")
-        token = self._tokens.get(str(job_id))
-        move = transitions.set_status(found["_id"], token, status, log_message)
-        if not self.jobs.change(move, "update"):
-            raise LeaseLost(f"job {job_id} is no longer held by this worker")
-        if status is not Status.RUNNING:
-            self._tokens.pop(str(job_id), None)
+        token = self._tokens.get(_hashable(found["_id"]))
+        if not self.jobs.change(transitions.set_status(found["_id"], token, status, _line(log_message)), "update"):
+            raise LeaseLost(self._why_not(found["_id"], token, status))
+
+    def _why_not(self, key: Any, token: str | None, status: Status) -> str:
+        if token is not None:
+            return f"job {key} is no longer held by this worker"
+        document = self.get_job(key)
+        if document.get("status") == Status.RUNNING and status is not Status.RUNNING:
+            return f"job {key} is run by a supervisor: only `cancel_job` stops it"
+        return f"job {key} is {document.get('status')}: it cannot become {status}"
 
     def get_job(self, job_id: Any) -> Document:
         """The job's document; raises `JobNotFound`."""
@@ -205,6 +226,18 @@ class JobManager:
             if not is_unauthorized(error):  # a producer's role does not allow it: the supervisors make them
                 raise
         self._indexed = True
+
+
+def _hashable(key: Any) -> Any:
+    """Ids of other programs may be documents."""
+    return key if isinstance(key, Hashable) else repr(key)
+
+
+def _line(message: Any) -> str:
+    if not isinstance(message, str):
+        raise InvalidJob("log_message", f"must be text, not {message!r:.60}")
+    text = message.encode("utf-8", "replace").decode()  # a lone surrogate cannot be stored
+    return text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}\n[… cut]"
 
 
 __all__ = ["JobManager", "new_document"]

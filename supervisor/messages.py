@@ -65,15 +65,15 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Claim jobs of at most `limit_mb`, up to `count` of them to run one after the other.
-
-    Those of at most `sure_mb` may start at once; with a larger one among them, all wait for `Admit`.
+    """Claim one job of at most `limit_mb`, or up to `count` that need together at most `ahead_mb`, to run one after
+    the other. Up to `sure_mb` may start at once; with more, all wait for `Admit`.
     """
 
     grant: int
     limit_mb: int
     sure_mb: int
     count: int = 1
+    ahead_mb: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class NothingDue:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """No job of the grant is left to run: its memory is free."""
+    """No job of the grant is left to run: the slot may claim. The memory is free when the outcomes are written."""
 
     grant: int
 

@@ -116,7 +116,8 @@ class OutputCapture:
             while end and 0x80 <= end[0] < 0xC0:  # the cut went through a character
                 end = end[1:]
         lines = end.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
-        return "\n".join(line[line.rfind("\r", 0, max(0, len(line) - 1)) + 1 :] for line in lines)
+        text = "\n".join(line[line.rfind("\r", 0, max(0, len(line) - 1)) + 1 :] for line in lines)
+        return text.encode()[-TAIL_BYTES:].decode("utf-8", "ignore")  # each replacement takes three bytes
 
     def last_line(self, stream: str) -> str:
         """The last line of a stream that is not empty, cut to 300 characters."""
@@ -127,9 +128,7 @@ class OutputCapture:
         """What the job's log says of the output."""
         found = []
         for stream in ("stdout", "stderr"):
-            text = self.tail(stream)
-            if text:
-                kept = min(self._offsets[stream], TAIL_BYTES)
-                cut = f" (last {kept} of {self._offsets[stream]} bytes)" if kept < self._offsets[stream] else ""
-                found.append(f"--- {stream.upper()} ---{cut}\n{text}")
+            kept = min(self._offsets[stream], TAIL_BYTES)
+            cut = f" (last {kept} of {self._offsets[stream]} bytes)" if kept < self._offsets[stream] else ""
+            found.append(f"--- {stream.upper()} ---{cut}\n{self.tail(stream)}")
         return found

@@ -300,7 +300,8 @@ class WorkerPool:
             if slot.state is not SlotState.RETIRING:
                 self._log.warning("slot_lost", slot=slot.number, first=child.role, pid=child.pid, exit_code=exit_code)
                 self.restarts.append(f"{child.role}_died")
-                self.backoff.died(clock() - child.started_at)
+                if not slot.grants:  # else the job may be what killed it: the next one deserves a slot at once
+                    self.backoff.died(clock() - child.started_at)
         if child.role == "worker":
             child.channel.close()  # its runner has seen the worker's end already
 

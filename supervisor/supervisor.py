@@ -93,6 +93,7 @@ class Held:
 
     job: ClaimedJob
     slot: Slot
+    grant: int
     used_mb: int = 0
     deadline: float = 0.0
 
@@ -309,8 +310,8 @@ class Supervisor:
         lease = self._settings.lease_seconds
         deadline = clock() + lease - lease_margin(lease)
         for job in claimed.jobs:
-            self._held[job.token] = Held(job, slot, deadline=deadline)
-        memory_mb = max((job.memory_mb for job in claimed.jobs), default=0)
+            self._held[job.token] = Held(job, slot, claimed.grant, deadline=deadline)
+        memory_mb = sum(job.memory_mb for job in claimed.jobs)  # all of them are `running` in MongoDB
         if claimed.waits:
             self._budget.ask(claimed.grant, memory_mb)
             self._asking[claimed.grant] = Question(slot, clock())
@@ -336,7 +337,6 @@ class Supervisor:
 
     def _released(self, released: Released, slot: Slot) -> None:
         slot.grants.discard(released.grant)
-        self._budget.release(released.grant)
         slot.update_state()
         if slot.state is SlotState.IDLE:
             slot.asks = True
@@ -344,10 +344,9 @@ class Supervisor:
     def _finished(self, finished: Finished) -> None:
         self._news.finished += finished.jobs
         self._news.operations += finished.operations
-        for token in finished.returned:
-            self._held.pop(token, None)
+        for token in (*finished.returned, *(job.token for job in finished.jobs)):
+            self._let_go(token)
         for job in finished.jobs:
-            self._held.pop(job.token, None)
             report = self._log.info if job.status == "completed" else self._log.warning
             report(
                 "job_finished" if job.held else "job_disowned",
@@ -359,6 +358,12 @@ class Supervisor:
                 seconds=round(job.duration_seconds, 3),
                 peak_mb=job.peak_memory_mb,
             )
+
+    def _let_go(self, token: str) -> None:
+        """MongoDB knows that the job runs no more: with the last one of a grant its memory is free."""
+        held = self._held.pop(token, None)
+        if held is not None and not any(other.grant == held.grant for other in self._held.values()):
+            self._budget.release(held.grant)
 
     def _warm_is_ready(self, ready: WarmReady, child: Child) -> None:
         if child is not self._warm:
@@ -443,7 +448,10 @@ class Supervisor:
         count = self._how_many(slot, idle)
         self._grants += 1
         offer = self._budget.offer(clock(), self._grants, idle=idle)
-        if offer is None or not slot.worker.send(Claim(self._grants, offer.limit_mb, offer.sure_mb, count)):
+        if offer is None:
+            return 0
+        share_mb = offer.limit_mb // max(1, len(self._pool.slots))  # the others want to claim, too
+        if not slot.worker.send(Claim(self._grants, offer.limit_mb, offer.sure_mb, count, share_mb)):
             self._budget.settle(self._grants, None)
             return 0
         if not slot.asks and not slot.hungry:

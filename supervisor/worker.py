@@ -18,16 +18,18 @@ import secrets
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from supervisor.attempt import Attempt, Result, ServerClock, without
 from supervisor.errors import InvalidJob, StoreUnavailable
 from supervisor.events import Logger, logger
+from supervisor.execution.orphans import MARKER
 from supervisor.execution.task_roots import check_working_directory, resolve_script
-from supervisor.job import Counts, JobSpec, Outcome, Verdict, decide, lease_margin, outcome_of
+from supervisor.job import Counts, JobSpec, Outcome, decide, lease_margin, outcome_of
 from supervisor.messages import (
     AHEAD_SECONDS,
     Admit,
@@ -35,10 +37,8 @@ from supervisor.messages import (
     ChannelClosed,
     Claim,
     Claimed,
-    ClaimedJob,
     Ended,
     Finished,
-    FinishedJob,
     GiveBack,
     Hungry,
     Message,
@@ -71,60 +71,6 @@ RESULTS_WAIT_SECONDS = 0.05
 NEVER = float("inf")
 READ_BYTES = 65_536
 MB = 1_048_576
-SAMPLES_KEPT = 64
-
-
-@dataclass(slots=True)
-class Attempt:
-    """A job that this worker holds."""
-
-    document: dict[str, Any]
-    grant: int
-    deadline: float
-    counts: Counts
-    ahead: bool
-    """Claimed ahead of others: MongoDB counts the attempt only once it has started."""
-    spec: JobSpec | None = None
-    script: str = ""
-    output: OutputCapture | None = None
-    unsent: list[Chunk] = dataclasses.field(default_factory=list)
-    """Output that MongoDB did not take while the job ran: it goes with the outcome."""
-    unremoved: list[int] = dataclasses.field(default_factory=list)
-    """Chunks (by `seq`) that MongoDB still has to drop."""
-    ended: Ended | None = None
-
-    @property
-    def key(self) -> Any:
-        return self.document["_id"]
-
-    @property
-    def job_id(self) -> str:
-        return str(self.document["_id"])
-
-    @property
-    def token(self) -> str:
-        token: str = self.document["lock"]["token"]
-        return token
-
-    @property
-    def number(self) -> int:
-        return self.counts.attempts + 1 if self.ahead else self.counts.attempts
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How an attempt ended, with everything that is to be written of it."""
-
-    attempt: Attempt
-    outcome: Outcome
-    verdict: Verdict
-    move: Move
-    chunks: list[Chunk]
-    removed: list[int]
-
-    def all_chunks(self) -> list[Chunk]:
-        """What MongoDB still lacks of the attempt's output."""
-        return _without(self.attempt.unsent, self.removed) + self.chunks
 
 
 @dataclass(slots=True)
@@ -250,6 +196,7 @@ class Worker:
         """The token of a claim that may have been applied; belongs to the store's thread."""
         self._pace = Pace()
         self._timers = Timers()
+        self._server_clock = ServerClock()
 
     # -- main loop ----------------------------------------------------------------------------------------------------
 
@@ -335,6 +282,7 @@ class Worker:
             elif not answer:
                 self._supervisor.send(NothingDue(claim.grant, self._take_operations()))
             else:
+                self._server_clock.compare(clock(), answer[0]["lock"]["locked_at"])
                 self._take_up([self._attempt(document, claim, deadline) for document in answer], claim)
 
         # What is to wait behind another job has not started, and may have to go back.
@@ -348,12 +296,13 @@ class Worker:
     def _claim_or_find(self, claim: Claim, sure_mb: int) -> list[dict[str, Any]]:
         """A claim whose answer was lost may have been applied: it is looked up before anything else is claimed."""
         lease = self._settings.lease_seconds
-        demand = Demand(queues=self._settings.queues, limit_mb=claim.limit_mb)
+        queues = self._settings.queues
+        demand, together = (Demand(queues=queues, limit_mb=mb) for mb in (claim.limit_mb, claim.ahead_mb))
         token = secrets.token_hex(12)
         self._return_unsure()
         self._unsure = token
         try:
-            found = self._claim_ahead(token, demand, claim.count) if claim.count > 1 else []
+            found = self._claim_ahead(token, together, claim.count) if claim.count > 1 else []
             if not found:
                 document = self._store.claim(self._owner, token, demand, lease, sure_mb=sure_mb)
                 found = [] if document is None else [document]
@@ -390,9 +339,9 @@ class Worker:
 
     def _take_up(self, attempts: list[Attempt], claim: Claim) -> None:
         valid = [attempt for attempt in attempts if self._examine(attempt)]
-        waits = any(attempt.spec.required_memory > claim.sure_mb for attempt in valid if attempt.spec)
+        waits = sum(attempt.spec.required_memory for attempt in valid if attempt.spec) > claim.sure_mb
         self._open[claim.grant] = len(valid)
-        jobs = [_claimed_job(attempt) for attempt in attempts]
+        jobs = [attempt.claimed() for attempt in attempts]
         self._supervisor.send(Claimed(claim.grant, jobs, waits, self._take_operations()))
         if not valid:
             self._supervisor.send(Released(claim.grant))
@@ -477,7 +426,7 @@ class Worker:
         self._thread.submit(lambda: self._store.apply_all(moves, "give_back"), given)
 
     def _close_grant(self, grant: int) -> None:
-        """One job of the grant is over; with the last one the supervisor has its memory back."""
+        """One job of the grant is over; with the last one this slot may claim again."""
         self._open[grant] -= 1
         if self._open[grant] == 0:
             del self._open[grant]
@@ -490,6 +439,7 @@ class Worker:
         spec, settings = attempt.spec, self._settings
         attempt.output = OutputCapture(round(settings.log_limit * MB))
         self._current = attempt
+        attempt.started = clock()
         self._timers.patience = self._pace.started()
         write_ends = [self._open_stream("stdout"), self._open_stream("stderr")]
         environment = {
@@ -498,6 +448,7 @@ class Worker:
             "JOB_ATTEMPT": str(attempt.number),
             "JOB_REQUIRED_MEMORY": str(spec.required_memory),
         }
+        environment.pop(MARKER, None)  # ours, not the job's: by it orphans are known
         try:
             self._runner.send(
                 Run(
@@ -559,7 +510,7 @@ class Worker:
             return
         chunks, removed = attempt.output.take(final=False)
         removed = attempt.unremoved + removed
-        chunks = _without(attempt.unsent + chunks, removed)
+        chunks = without(attempt.unsent + chunks, removed)
         attempt.unsent, attempt.unremoved = [], []
         self._timers.flushing = True
 
@@ -613,8 +564,9 @@ class Worker:
             outcome,
             verdict,
             attempt=attempt.number,
-            details=_details(attempt),
-            lines=_story(attempt, outcome, verdict),
+            ran=attempt.ran(self._server_clock),
+            details=attempt.details(),
+            lines=attempt.story(outcome, verdict),
         )
         self._results.append(Result(attempt, outcome, verdict, move, chunks, removed))
         if self._ahead and len(self._results) < RESULTS_TOGETHER:
@@ -635,7 +587,7 @@ class Worker:
                 self._log.error("results_not_kept", jobs=len(results), error=answer)
                 answer = [(False, False)] * len(results)
             finished = [
-                _finished_job(result, held=held, spooled=spooled)
+                result.finished(held=held, spooled=spooled)
                 for result, (held, spooled) in zip(results, answer, strict=True)
             ]
             self._supervisor.send(Finished(finished, [], self._take_operations()))
@@ -674,7 +626,7 @@ class Worker:
         self._log.warning("result_spooled", job_id=attempt.job_id, attempt=attempt.number, error=error)
         while True:
             try:
-                self._spool.put(attempt.token, _spooled(result))
+                self._spool.put(attempt.token, result.spooled())
                 return True, True
             except OSError as problem:
                 self._log.error("spool_failed", job_id=attempt.job_id, error=problem)
@@ -697,85 +649,3 @@ class Worker:
                 attempt.key, attempt.token, result.outcome, result.verdict, attempt=attempt.number
             )
             return self._store.apply(bare, "finish")
-
-
-def _without(chunks: list[Chunk], removed: list[int]) -> list[Chunk]:
-    gone = set(removed)
-    return [chunk for chunk in chunks if chunk.seq not in gone]
-
-
-def _waited(document: Mapping[str, Any]) -> float:
-    """Seconds from when the job was due to its claim, both on the server's clock."""
-    try:
-        waited: float = (document["lock"]["locked_at"] - document["scheduled_date"]).total_seconds()
-        return max(0.0, waited)
-    except (KeyError, TypeError):
-        return 0.0
-
-
-def _claimed_job(attempt: Attempt) -> ClaimedJob:
-    queue = attempt.document.get("queue")
-    return ClaimedJob(
-        token=attempt.token,
-        job_id=attempt.job_id,
-        attempt=attempt.number,
-        queue=queue if isinstance(queue, str) else "default",
-        memory_mb=attempt.spec.required_memory if attempt.spec else 0,
-        wait_seconds=_waited(attempt.document),
-    )
-
-
-def _finished_job(result: Result, *, held: bool, spooled: bool) -> FinishedJob:
-    attempt, outcome, ended = result.attempt, result.outcome, result.attempt.ended
-    return FinishedJob(
-        token=attempt.token,
-        job_id=attempt.job_id,
-        attempt=attempt.number,
-        status=result.verdict.status.value,
-        reason=outcome.reason.value if outcome.reason else None,
-        error=outcome.error,
-        exit_code=outcome.exit_code,
-        duration_seconds=ended.duration_seconds if ended else 0.0,
-        peak_memory_mb=outcome.peak_memory_mb,
-        kill_delay_seconds=ended.kill_delay_seconds if ended else None,
-        held=held,
-        spooled=spooled,
-    )
-
-
-def _details(attempt: Attempt) -> dict[str, Any]:
-    ended = attempt.ended
-    if ended is None:
-        return {}
-    details: dict[str, Any] = {"duration_seconds": round(ended.duration_seconds, 3)}
-    if len(ended.samples) > 1:
-        details["memory_samples"] = [list(sample) for sample in ended.samples[-SAMPLES_KEPT:]]
-    return details
-
-
-def _story(attempt: Attempt, outcome: Outcome, verdict: Verdict) -> list[str]:
-    """The lines of the job's log about this attempt: how it ended, what it printed."""
-    ended = attempt.ended
-    if ended is None:
-        return [verdict.note]
-    facts = [f"after {ended.duration_seconds:.2f} s"]
-    if outcome.exit_code is not None:
-        facts.append(f"exit code {outcome.exit_code}")
-    if outcome.peak_memory_mb is not None:
-        facts.append(f"peak memory {outcome.peak_memory_mb} MB")
-    if ended.leftovers:
-        facts.append(f"ended {ended.leftovers} processes that it had left running")
-    blocks = attempt.output.blocks() if attempt.output is not None else []
-    return [*ended.story, f"{verdict.note} ({', '.join(facts)})", *blocks]
-
-
-def _spooled(result: Result) -> dict[str, Any]:
-    """The record of an outcome that waits on disk. Its job is found by the token: ids need not be JSON."""
-    chunks = result.all_chunks()
-    return {
-        "token": result.attempt.token,
-        "job_id": result.attempt.job_id,
-        "attempt": result.attempt.number,
-        "update": result.move.update,
-        "chunks": [{**dataclasses.asdict(chunk), "data": chunk.data.decode("latin-1")} for chunk in chunks],
-    }

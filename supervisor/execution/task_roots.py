@@ -30,13 +30,14 @@ def resolve_script(python_path: str, roots: Sequence[Path], cwd: str | None) -> 
     if not any(_is_below(resolved, str(root)) for root in roots):
         names = ", ".join(str(root) for root in roots)
         raise InvalidJob(FIELD, f"{_shown(python_path)} leads to {resolved}, outside the task roots ({names})")
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(mode) or python_path.endswith(os.sep):
         raise InvalidJob(FIELD, f"{_shown(python_path)} is a directory, not a script")
     if not stat.S_ISREG(mode):
         raise InvalidJob(FIELD, f"{_shown(python_path)} is not a regular file")
     if not os.access(resolved, os.R_OK):
         raise InvalidJob(FIELD, f"{_shown(python_path)} cannot be read: permission denied")
-    return python_path if found is candidates[0] or os.path.isabs(python_path) else found
+    path = python_path if found is candidates[0] or os.path.isabs(python_path) else found
+    return os.path.join(os.curdir, path) if path.startswith("-") else path  # no option of the interpreter
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -19,6 +19,7 @@ from pymongo.collection import Collection
 from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError
 
 from supervisor.errors import DuplicateJob, InvalidJob, StoreUnavailable
+from supervisor.job import DEFAULT_MEMORY_MB
 from supervisor.states import Status
 from supervisor.store import schema, transitions
 from supervisor.store.client import first_failure, is_about_document, named
@@ -91,6 +92,24 @@ class JobStore:
         with self.operation("ensure_indexes"):
             schema.ensure_indexes(self.collection.database, self.collection.name, by_queue=by_queue)
 
+    def refuse_duplicates(self) -> int:
+        """Fails pending jobs that share a unique key with an earlier one, and makes the index that forbids it.
+
+        Other programs may have inserted them before the index was there.
+        """
+        database, name = self.collection.database, self.collection.name
+        with self.operation("refuse"):
+            if schema.UNIQUE_INDEX not in schema.missing_indexes(database, name):
+                return 0
+            refused = 0
+            for key in self.collection.aggregate(transitions.SHARED_UNIQUE_KEYS, allowDiskUse=True):
+                first, *others = key["ids"]
+                why = transitions.invalid(f"unique_key: {key['_id']!r} is taken by job {first}")
+                condition = {"_id": {"$in": others}, "status": Status.PENDING.value}
+                refused += self.collection.update_many(condition, why).modified_count
+            schema.ensure_indexes(database, name)
+        return refused
+
     # -- producers ----------------------------------------------------------------------------------------------------
 
     def insert(self, document: Document) -> Any:
@@ -147,18 +166,25 @@ class JobStore:
             )
 
     def claim_ahead(self, owner: Owner, token: str, demand: Demand, lease_seconds: float, count: int) -> list[Document]:
-        """Locks up to `count` due jobs, in the order of running; another claimer may take some of them first."""
+        """Locks up to `count` due jobs, in the order of running; another claimer may take some of them first.
+
+        Together they reserve at most `demand.limit_mb`, unless the first one alone does.
+        """
         index = schema.CLAIM_BY_QUEUE_INDEX if demand.queues else schema.CLAIM_INDEX
         with self.operation("claim"):
             found = by_index(
                 index,
                 lambda hint: list(
                     self.collection.find(
-                        transitions.due(demand), {"_id": True}, sort=schema.CLAIM_SORT, hint=hint, limit=count
+                        transitions.due(demand),
+                        {"_id": True, "required_memory": True},
+                        sort=schema.CLAIM_SORT,
+                        hint=hint,
+                        limit=count,
                     )
                 ),
             )
-            order = [document["_id"] for document in found]
+            order = [document["_id"] for document in _within(found, demand.limit_mb)]
             ids = [job_id for job_id in order if isinstance(job_id, _IDS_WITH_TEXT)]
             if not ids or len(ids) < len(order):
                 return []  # an id that has no text form: such jobs are claimed one by one
@@ -258,8 +284,10 @@ class JobStore:
     # -- people -------------------------------------------------------------------------------------------------------
 
     def find(self, job_id: Any, projection: Mapping[str, Any] | None = None) -> Document | None:
+        candidates = possible_ids(job_id)
         with self.operation("find"):
-            return self.collection.find_one({"_id": {"$in": possible_ids(job_id)}}, projection)
+            found = list(self.collection.find({"_id": {"$in": candidates}}, projection))
+        return min(found, key=lambda document: candidates.index(document["_id"]), default=None)
 
     def change(self, move: Move, operation: str) -> bool:
         """Makes a move that a person asked for; raises `DuplicateJob` when the unique key is taken meanwhile."""
@@ -326,15 +354,19 @@ class JobStore:
             return [document["lock"]["token"] for document in found]
 
     def adopt(self) -> int:
-        """Gives documents of other programs the defaults that the order of running needs; fails what is never due."""
+        """Gives documents of other programs the defaults that the order of running needs."""
         orphans = transitions.adopt_without_status()
         with self.operation("adopt"):
             try:
                 adopted = self._update(orphans, schema.LIST_INDEX)
             except DuplicateKeyError:  # one of them has the unique key of another job
                 adopted = self._adopt_one_by_one(orphans)
-            self._update(transitions.refuse_undatable(), schema.CLAIM_INDEX)
             return adopted + self._update(transitions.adopt(), schema.CLAIM_INDEX)
+
+    def refuse_never_due(self) -> int:
+        """Fails what no claim would ever find; reads the keys of all pending jobs."""
+        with self.operation("refuse"):
+            return sum(self._update(move, schema.CLAIM_INDEX) for move in transitions.refuse_never_due())
 
     def _update(self, move: Move, index: str) -> int:
         return by_index(
@@ -366,6 +398,17 @@ class JobStore:
                 self.collection.database[schema.OUTPUT_COLLECTION].delete_many({"job_id": {"$in": ids}})
                 self.collection.delete_many({"_id": {"$in": ids}, "status": {"$in": final}})
         return len(ids)
+
+
+def _within(documents: Sequence[Document], limit_mb: int | None) -> Sequence[Document]:
+    """The first of them, as far as their memory stays together within the limit; at least one."""
+    total = 0.0
+    for count, document in enumerate(documents):
+        size = document.get("required_memory", DEFAULT_MEMORY_MB)
+        total += size if isinstance(size, int | float) else DEFAULT_MEMORY_MB
+        if limit_mb is not None and not total <= limit_mb and count:
+            return documents[:count]
+    return documents
 
 
 def is_unauthorized(error: StoreUnavailable) -> bool:

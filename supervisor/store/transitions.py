@@ -67,6 +67,11 @@ def add_one(name: str) -> Document:
     return {"$add": [number(name), 1]}
 
 
+def counters() -> Document:
+    """Those that are not there yet begin with 0."""
+    return {name: number(name) for name in ("failures", "interruptions", "losses")}
+
+
 def entry(text: str) -> Document:
     """One line of the job's log, stamped by the server."""
     stamp = {"$dateToString": {"date": "$$NOW", "format": "%Y-%m-%dT%H:%M:%S.%LZ"}}
@@ -188,18 +193,25 @@ def finish(
     verdict: Verdict,
     *,
     attempt: int,
+    ran: tuple[int, int] | None = None,
     details: Mapping[str, Any],
     lines: Sequence[str],
 ) -> Move:
-    """What became of an attempt: the fields of its outcome, the counters, and the last lines of its log."""
+    """What became of an attempt: the fields of its outcome, the counters, and the last lines of its log.
+
+    `ran` is when it began and ended, in milliseconds on the server's clock: outcomes are written later, together.
+    """
+    began, ended = ({"$toDate": milliseconds} for milliseconds in ran) if ran else ("$started_at", "$$NOW")
     fields: Document = {
         "status": verdict.status.value,
         "updated_at": "$$NOW",
-        "finished_at": "$$NOW",
+        "started_at": began,
+        "finished_at": ended,
         "exit_code": literal(outcome.exit_code),
         "reason": literal(outcome.reason.value if outcome.reason else None),
         "error": literal(outcome.error),
         "attempts": attempt,
+        **counters(),
         "logs": with_entries_after_cut(lines) if attempt > 1 else with_entries(lines),
     }
     fields |= {name: literal(value) for name, value in details.items()}
@@ -246,6 +258,8 @@ def give_back(job_id: Any, token: str) -> Move:
                 {
                     "status": Status.PENDING.value,
                     "reason": "$reason",
+                    "attempts": number("attempts"),
+                    **counters(),
                     "updated_at": "$$NOW",
                     "logs": with_entries(["handed back before it was started"]),
                 }
@@ -270,7 +284,7 @@ def lose(condition: Document, why: str) -> Move:
     return Move(
         condition,
         [
-            {"$set": {"losses": losses, "attempts": attempts}},
+            {"$set": {**counters(), "losses": losses, "attempts": attempts}},
             {
                 "$set": {
                     "status": {"$switch": {"branches": cases, "default": Status.PENDING.value}},
@@ -336,6 +350,9 @@ def cancel_pending(job_id: Any) -> Move:
                     "status": Status.CANCELLED.value,
                     "reason": Reason.CANCELLED.value,
                     "error": "cancelled before it was started",
+                    "exit_code": {"$ifNull": ["$exit_code", None]},
+                    "attempts": number("attempts"),
+                    **counters(),
                     "updated_at": "$$NOW",
                     "finished_at": "$$NOW",
                     "logs": with_entries(["cancelled before it was started"]),
@@ -375,14 +392,47 @@ def retry(job_id: Any) -> Move:
     )
 
 
+_BEFORE: dict[Status, list[str | None]] = {
+    Status.PENDING: ["pending", "running"],
+    Status.RUNNING: ["pending", "running", None],
+    Status.COMPLETED: ["running"],
+    Status.FAILED: ["running"],
+    Status.CANCELLED: ["pending", "running", None],
+}
+"""From where a job may come to a status; a document without a status is pending."""
+
+
 def set_status(job_id: Any, token: str | None, status: Status, text: str) -> Move:
-    """What a worker of somebody's own reports; conditional on its lock, if it took one."""
-    condition: Document = {"_id": job_id} if token is None else held(job_id, token)
-    fields: Document = {"status": status.value, "updated_at": "$$NOW", "logs": with_entries([text])}
+    """What a worker of somebody's own reports: conditional on its lock, if it took one.
+
+    Without one, a job that a supervisor holds is left alone: whoever runs it would not know.
+    """
+    by_supervisor = {"$ne": [{"$ifNull": ["$lock.worker", None]}, {"$ifNull": ["$lock.supervisor_id", None]}]}
+    condition: Document = {"_id": job_id, "status": {"$in": _BEFORE[status]}, "$expr": {"$not": [by_supervisor]}}
+    if token is not None:
+        condition = held(job_id, token)
+    fields: Document = {
+        "status": status.value,
+        "updated_at": "$$NOW",
+        **counters(),
+        "logs": with_entries_after_cut([text]),
+    }
+    if status is Status.RUNNING:
+        starts = {"$ne": ["$status", Status.RUNNING.value]}
+        fields["attempts"] = {"$cond": [starts, add_one("attempts"), number("attempts")]}
+        fields["started_at"] = {"$cond": [starts, "$$NOW", "$started_at"]}
+        return Move(condition, [{"$set": fields}])
     if status.is_final:
-        fields["finished_at"] = "$$NOW"
-    removed = [] if status is Status.RUNNING else [{"$unset": _REMOVED_WITH_THE_LOCK}]
-    return Move(condition, [{"$set": fields}, *removed])
+        fields |= {
+            "finished_at": "$$NOW",
+            "attempts": number("attempts"),
+            "exit_code": literal(None),
+            "reason": literal(Reason.CANCELLED.value if status is Status.CANCELLED else None),
+            "error": literal(None if status is Status.COMPLETED else text),
+        }
+    if status is Status.FAILED:
+        fields["failures"] = add_one("failures")
+    return Move(condition, [{"$set": fields}, {"$unset": _REMOVED_WITH_THE_LOCK}])
 
 
 def adopt() -> Move:
@@ -393,11 +443,30 @@ def adopt() -> Move:
     )
 
 
-def refuse_undatable() -> Move:
-    """Fails jobs that would wait for ever: what is no date, but sorts behind every date."""
+def refuse_never_due() -> list[Move]:
+    """Fails jobs that no claim would ever find, and so none would refuse.
+
+    What is no date, but sorts behind every date; and what is no number of MB, but compares as larger than any limit.
+    """
     kinds = ["timestamp", "regex", "javascript", "javascriptWithScope", "maxKey"]
-    condition = {"status": Status.PENDING.value, "scheduled_date": {"$type": kinds}}
-    return Move(condition, invalid("scheduled_date: is not a date"))
+    pending = {"status": Status.PENDING.value}
+    size = "$required_memory"
+    broken = {"$or": [{"$ne": [{"$trunc": size}, size]}, {"$gte": [size, 2.0**63]}]}
+    only_doubles = {"$cond": [{"$eq": [{"$type": size}, "double"]}, broken, False]}
+    odd = {"$or": [{"required_memory": {"$type": ["array", "decimal"]}}, {"$expr": only_doubles}]}
+    return [
+        Move({**pending, "scheduled_date": {"$type": kinds}}, invalid("scheduled_date: is not a date")),
+        Move({**pending, **odd}, invalid("required_memory: is not a whole number of MB")),
+    ]
+
+
+SHARED_UNIQUE_KEYS: Pipeline = [
+    {"$match": {"status": {"$in": ["pending", "running"]}, "unique_key": {"$type": "string"}}},
+    {"$sort": {"status": -1, "created_at": 1, "_id": 1}},
+    {"$group": {"_id": "$unique_key", "ids": {"$push": "$_id"}}},
+    {"$match": {"ids.1": {"$exists": True}}},
+]
+"""Live jobs that have the same unique key: of each key those that run, then the oldest first."""
 
 
 def invalid(error: str) -> Pipeline:
@@ -407,6 +476,8 @@ def invalid(error: str) -> Pipeline:
         "reason": Reason.INVALID_JOB.value,
         "error": literal(error),
         "exit_code": literal(None),
+        "attempts": number("attempts"),
+        **counters(),
         "failures": add_one("failures"),
         "updated_at": "$$NOW",
         "finished_at": "$$NOW",

@@ -32,6 +32,8 @@ class BecamePending:
     scheduled_date: datetime | None
     is_complete: bool
     """Whether it has the fields that the order of running needs; documents of other programs may lack them."""
+    is_odd: bool
+    """Whether what claims compare has an unusual type: maybe no claim would ever find it."""
     at: datetime | None
     """The server's time of the change."""
 
@@ -70,6 +72,7 @@ _PIPELINE: list[Document] = [
             "fullDocument.queue": 1,
             "fullDocument.priority": 1,
             "fullDocument.scheduled_date": 1,
+            "fullDocument.required_memory": 1,
             "fullDocument.lock.token": 1,
             "updateDescription.updatedFields.scheduled_date": 1,
             "updateDescription.updatedFields.cancel_requested": 1,
@@ -117,15 +120,22 @@ class JobChanges:
         at = event.get("wallTime")
         if event["operationType"] == "update":
             scheduled = updated.get("scheduled_date")
-            return BecamePending(None, scheduled if isinstance(scheduled, datetime) else None, True, at)
+            return BecamePending(
+                queue=None,
+                scheduled_date=scheduled if isinstance(scheduled, datetime) else None,
+                is_complete=True,
+                is_odd=False,
+                at=at,
+            )
         if document.get("status") not in (None, Status.PENDING.value):
             return None
         scheduled = document.get("scheduled_date")
-        queue = document.get("queue")
+        queue, memory = document.get("queue"), document.get("required_memory")
         return BecamePending(
             queue=queue if isinstance(queue, str) else None,
             scheduled_date=scheduled if isinstance(scheduled, datetime) else None,
             is_complete="priority" in document and "status" in document,
+            is_odd=not (isinstance(scheduled, datetime | None) and (memory is None or _is_whole(memory))),
             at=at if at is not None else None,
         )
 
@@ -133,6 +143,10 @@ class JobChanges:
         document = self._collection.find_one({"_id": job_id}, {"lock.token": True})
         token = ((document or {}).get("lock") or {}).get("token")
         return CancelAsked(token) if isinstance(token, str) else None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 2.0**63)
 
 
 __all__ = [

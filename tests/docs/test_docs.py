@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from supervisor import producer
+from supervisor.attempt import Attempt
 from supervisor.cli import main as commands
 from supervisor.errors import SupervisorError
 from supervisor.job import JobSpec, Outcome, Verdict
@@ -23,7 +24,7 @@ from supervisor.store import transitions
 from supervisor.store.roles import role_commands
 from supervisor.supervisor import SIGNALS
 from supervisor.web import server
-from supervisor.worker import Worker, _details
+from supervisor.worker import Worker
 from tests.docs.tables import EXAMPLE, REFERENCE, REPOSITORY, every_command, settings_example, with_tables
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "deploy").rglob("*.md"))]
@@ -142,7 +143,7 @@ def written_fields() -> set[str]:
     ]  # fmt: skip
     pipelines = [transitions.claim_update(owner, "t", 1.0), *(move.update for move in moves)]
     fields = {name for stages in pipelines for stage in stages for name in stage.get("$set", {})}
-    return fields | set(re.findall(r'details(?:: .*? = \{|\[)"(\w+)"', inspect.getsource(_details)))
+    return fields | set(re.findall(r'details(?:: .*? = \{|\[)"(\w+)"', inspect.getsource(Attempt.details)))
 
 
 def documented_fields() -> tuple[dict[str, str], set[str]]:

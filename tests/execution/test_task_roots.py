@@ -43,6 +43,15 @@ def test_a_relative_path_starts_at_the_working_directory_then_at_the_roots(root:
     assert "no file" in refused("c.py", root)
 
 
+def test_a_name_that_begins_with_a_dash_is_no_option(root: Path) -> None:
+    (root / "-c.py").touch()
+    assert resolve_script("-c.py", [root], str(root)) == "./-c.py"
+
+
+def test_a_file_with_a_slash_behind_it_is_no_script(root: Path) -> None:
+    assert "is a directory" in refused(f"{root}/a.py/", root)
+
+
 def test_links_are_followed_before_the_file_is_judged(root: Path, tmp_path: Path) -> None:
     (root / "in.py").symlink_to("sub/b.py")
     (root / "out.py").symlink_to(tmp_path / "root-2" / "c.py")

@@ -44,6 +44,7 @@ class Commands:
             **kept,
             "SUPERVISOR_MONGO_URI": uri,
             "SUPERVISOR_MONGO_DB": db_name,
+            "SUPERVISOR_METRICS_PORT": "0",
             "PYTHONPATH": str(CHECKOUT),
             "PYTHONIOENCODING": "utf-8",
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from datetime import UTC, datetime, timedelta
 
@@ -122,3 +123,53 @@ def test_a_retry_keeps_the_key(start_supervisor: Start, jobs: Jobs) -> None:
         jobs.gated(unique_key="k")
     assert str(jobs.manager.cancel_job(job_id)) == "cancelled"
     jobs.submit(jobs.script("pass"), unique_key="k")
+
+
+def test_of_documents_that_shared_a_key_before_anybody_forbade_it_one_runs(start_supervisor: Start, jobs: Jobs) -> None:
+    first, second = (jobs.insert(unique_key="the one") for _ in range(2))
+    start_supervisor()
+    assert jobs.wait(first)["status"] == "completed"
+    refused = jobs.wait(second)
+    assert (refused["status"], refused["reason"]) == ("failed", "invalid_job")
+    assert refused["error"].startswith("unique_key: ") and str(first) in refused["error"]
+    assert "unique_key" in jobs.collection.index_information()
+
+
+# -- short jobs, which are claimed ahead ------------------------------------------------------------------------------
+
+
+def test_short_jobs_tell_when_they_ran_and_never_reserve_more_than_the_budget(
+    start_supervisor: Start, jobs: Jobs
+) -> None:
+    """Claimed several at a time, they are `running` before their turn comes; still the documents tell the truth."""
+    script = jobs.script("import time; time.sleep(0.02)")
+    ids = [jobs.submit(script, required_memory=64) for _ in range(60)]
+    highest = 0
+    over = threading.Event()
+    stages = [{"$match": {"status": "running"}}, {"$group": {"_id": None, "mb": {"$sum": "$required_memory"}}}]
+
+    def watch() -> None:
+        nonlocal highest
+        while not over.is_set():
+            highest = max(highest, *(row["mb"] for row in jobs.collection.aggregate(stages)), 0)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        start_supervisor(workers=1, memory_budget=256)
+        wait_until(lambda: jobs.collection.count_documents({"status": "completed"}) == 60, what="all to be done")
+    finally:
+        over.set()
+        thread.join()
+    assert 64 <= highest <= 256
+    documents = [jobs.get(job_id) for job_id in ids]
+    assert documents == sorted(documents, key=lambda document: document["started_at"]), "in the order of running"
+    for earlier, later in itertools.pairwise(documents):
+        assert earlier["started_at"] < earlier["finished_at"] <= later["started_at"], "one worker, one after the other"
+    for document in documents:
+        assert (document["attempts"], document["failures"], document["interruptions"], document["losses"]) == (
+            1,
+            0,
+            0,
+            0,
+        )

@@ -10,7 +10,7 @@ import pytest
 from pymongo import MongoClient, ReturnDocument
 
 from supervisor import JobManager, Status
-from supervisor.errors import LeaseLost
+from supervisor.errors import InvalidJob, LeaseLost
 from tests.conftest import Start
 from tests.support.running import Document, Jobs, RunningSupervisor
 from tests.support.waiting import wait_until
@@ -248,3 +248,81 @@ def test_a_lock_is_left_to_its_owner(start_supervisor: Start, jobs: Jobs, manage
     assert jobs.run("pass")["status"] == "completed"
     manager.update_job_status(job_id, "completed", "done")
     assert jobs.get(job_id)["attempts"] == 1
+
+
+def test_who_gave_a_job_up_changes_nothing_any_more(jobs: Jobs, manager: JobManager) -> None:
+    job_id = jobs.submit(jobs.script("pass"))
+    assert manager.find_and_lock_job() is not None
+    manager.update_job_status(job_id, "pending", "not now")
+    with JobManager(manager.uri, jobs.collection.database.name) as another:
+        assert another.find_and_lock_job() is not None
+        with pytest.raises(LeaseLost):
+            manager.update_job_status(job_id, "failed", "too late")
+        another.update_job_status(job_id, "completed", "done")
+        with pytest.raises(LeaseLost):
+            another.update_job_status(job_id, "failed", "changed my mind")
+    document = jobs.get(job_id)
+    assert (document["status"], document["attempts"], document["failures"]) == ("completed", 2, 0)
+
+
+def test_a_job_of_a_supervisor_is_left_to_it(supervisor: RunningSupervisor, jobs: Jobs, manager: JobManager) -> None:
+    job = jobs.gated()
+    job.wait_started()
+    for status in ("pending", "completed", "failed", "cancelled"):
+        with pytest.raises(LeaseLost, match="run by a supervisor"):
+            manager.update_job_status(job.id, status, "not mine")
+    assert job.finish()["attempts"] == 1
+    for status in ("pending", "running", "failed"):
+        with pytest.raises(LeaseLost, match="is completed"):
+            manager.update_job_status(job.id, status, "too late")
+
+
+def test_a_job_that_another_program_locked_may_be_finished_by_anyone(jobs: Jobs, manager: JobManager) -> None:
+    job_id = jobs.submit(jobs.script("pass"))
+    manager.update_job_status(job_id, Status.RUNNING, "mine")
+    manager.update_job_status(job_id, Status.FAILED, "it did not work")
+    document = jobs.get(job_id)
+    assert (document["status"], document["attempts"], document["failures"]) == ("failed", 1, 1)
+    assert (document["error"], document["reason"], document["exit_code"]) == ("it did not work", None, None)
+
+
+def test_plain_documents_are_served_fairly_where_no_supervisor_runs(jobs: Jobs, manager: JobManager) -> None:
+    now = datetime.now(UTC)
+    plain = jobs.insert(scheduled_date=now - timedelta(seconds=100))
+    later = jobs.submit(jobs.script("pass"), scheduled_date=now - timedelta(seconds=50))
+    low = jobs.submit(jobs.script("pass"), scheduled_date=now - timedelta(seconds=200), priority=-1)
+    without_status = jobs.insert(status=..., scheduled_date=now - timedelta(seconds=70))
+    order = [str(document["_id"]) for _ in range(4) if (document := manager.find_and_lock_job())]
+    assert order == [str(plain), str(without_status), later, low]
+
+
+@pytest.mark.parametrize("message", [None, 5, b"x", ["x"]])
+def test_a_message_that_is_no_text_is_refused(jobs: Jobs, manager: JobManager, message: Any) -> None:
+    job_id = jobs.submit(jobs.script("pass"))
+    manager.find_and_lock_job()
+    with pytest.raises(InvalidJob, match="log_message"):
+        manager.update_job_status(job_id, "completed", message)
+    manager.update_job_status(job_id, "completed", "x" * 20_000_000 + "\udcff")
+    assert jobs.get(job_id)["logs"][-1].endswith("[… cut]")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("python_args", "abc"), ("python_args", 5), ("python_path", None), ("tags", "a")]
+)
+def test_a_wrong_argument_is_named(manager: JobManager, field: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"request_name": "r", "python_path": "a.py", "tags": ("a", "b"), field: value}
+    with pytest.raises(InvalidJob) as caught:
+        manager.create_job(**arguments)
+    assert caught.value.field == field
+
+
+def test_ids_that_look_alike_are_not_confused(jobs: Jobs, manager: JobManager) -> None:
+    for job_id in (5, "5"):
+        jobs.insert(_id=job_id)
+    for _ in range(2):
+        document = manager.find_and_lock_job()
+        assert document is not None
+        manager.update_job_status(document["_id"], "completed", repr(document["_id"]))
+    for job_id in (5, "5"):
+        document = jobs.collection.find_one({"_id": job_id})
+        assert document is not None and document["logs"][-1].endswith(f"] {job_id!r}")

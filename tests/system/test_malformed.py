@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.conftest import Shared
 from tests.support.running import Document
 
 KB, MB = 1 << 10, 1 << 20
-LATER = datetime.now(UTC) + timedelta(days=7)
+LATER = datetime(2031, 5, 1, tzinfo=UTC)
 
 
 def run(shared: Shared, **fields: Any) -> Document:
@@ -75,6 +75,11 @@ def assert_refused(document: Document, field: str, words: str = "") -> None:
         ("required_memory", math.nan, "valid integer"),
         ("required_memory", True, "valid integer"),
         ("required_memory", Decimal128("128"), "valid integer"),
+        ("required_memory", Decimal128("1e12"), "whole number"),
+        ("required_memory", math.inf, "whole number"),
+        ("required_memory", 1e30, "whole number"),
+        ("required_memory", 9_999_999.5, "whole number"),
+        ("required_memory", [9_999_999], "whole number"),
         ("scheduled_date", "tomorrow", "valid datetime"),
         ("scheduled_date", 0, "valid datetime"),
         ("scheduled_date", [], "valid datetime"),
@@ -102,6 +107,8 @@ def assert_refused(document: Document, field: str, words: str = "") -> None:
         ("env", {"A": 5}, "valid string"),
         ("env", {"A=B": "c"}, "name of a variable"),
         ("env", {"A": "x\0y"}, "NUL"),
+        ("env", {"A": "x" * 128 * KB}, "131072 bytes"),
+        ("env", {f"A{n}": "x" * 100 * KB for n in range(30)}, "together with python_args"),
         ("cwd", 5, "valid string"),
         ("cwd", "/no/such/directory", "not a directory"),
         ("cwd", "a\0b", "NUL"),
@@ -109,7 +116,7 @@ def assert_refused(document: Document, field: str, words: str = "") -> None:
         ("tags", "text", "valid list"),
         ("tags", [5], "valid string"),
     ],
-    ids=lambda value: str(value)[:20] if not isinstance(value, str) else value[:20].replace("\0", "NUL"),
+    ids=lambda value: str(value)[:24] if not isinstance(value, str) else value[:20].replace("\0", "NUL"),
 )
 def test_a_wrong_field_is_named(shared: Shared, field: str, value: Any, words: str) -> None:
     assert_refused(run(shared, **{field: value}), field, words)
@@ -298,7 +305,7 @@ def test_dates_that_python_does_not_know(shared: Shared) -> None:
 def test_text_that_is_no_utf_8(shared: Shared) -> None:
     """Drivers of other languages do not check it, and neither does MongoDB."""
     document = plain({"python_path": str(shared.jobs.directory / "no_op.py"), "request_name": "caf@", "note": "b@d"})
-    raw = bson.encode(document).replace(b"@", b"\xe9")
+    raw = bson.encode(document).replace(b"caf@", b"caf\xe9").replace(b"b@d", b"b\xe9d")
     shared.jobs.collection.insert_one(RawBSONDocument(raw))
     assert run(shared)["status"] == "completed"
     status = shared.jobs.collection.find_one({"_id": document["_id"]}, {"status": True, "reason": True})

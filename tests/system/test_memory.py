@@ -41,7 +41,7 @@ def assert_exceeded(document: Document, limit_mb: int) -> None:
     used = re.fullmatch(rf"used (\d+) MB of the {limit_mb} MB in required_memory", document["error"])
     assert used, document["error"]
     assert int(used[1]) > limit_mb
-    assert limit_mb < document["peak_memory"] < limit_mb + 60
+    assert limit_mb < document["peak_memory"] < limit_mb + 1000, "long before a hog has what it wants"
     assert document["failures"] == 1
 
 

@@ -121,3 +121,17 @@ def test_alternating_streams_stay_bounded() -> None:
     chunks = stored(capture)
     assert len(chunks) < 66_000
     assert sum(len(chunk.data) for chunk in chunks.values()) <= 64 * KB + 1
+
+
+def test_a_tail_that_is_no_utf_8_is_not_longer_than_another() -> None:
+    capture = OutputCapture(1024 * KB)
+    capture.feed("stdout", b"\xff" * 100 * KB + b"end\n")
+    tail = capture.tail("stdout")
+    assert len(tail.encode()) <= TAIL_BYTES
+    assert tail.endswith("\ufffdend\n")
+
+
+def test_both_streams_have_a_block_even_if_nothing_was_said() -> None:
+    capture = OutputCapture(64 * KB)
+    capture.feed("stdout", b"text\n")
+    assert capture.blocks() == ["--- STDOUT ---\ntext\n", "--- STDERR ---\n"]
