@@ -11,6 +11,7 @@ from typing import Any
 from supervisor.job import Counts, JobSpec, Outcome, Verdict
 from supervisor.messages import ClaimedJob, Ended, FinishedJob
 from supervisor.output import Chunk, OutputCapture
+from supervisor.states import Ending
 from supervisor.store.transitions import Move
 
 SAMPLES_KEPT = 64
@@ -158,6 +159,7 @@ class Result:
             kill_delay_seconds=ended.kill_delay_seconds if ended else None,
             held=held,
             spooled=spooled,
+            cause="lease_expired" if ended and ended.ending == Ending.LEASE_ENDED else "shutdown",
         )
 
     def spooled(self) -> dict[str, Any]:

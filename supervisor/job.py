@@ -258,7 +258,8 @@ def outcome_of(
     if ending is Ending.START_FAILED:
         return outcome(Reason.START_FAILED, error)
     if ending is Ending.LEASE_ENDED:
-        return Outcome(exit_code=exit_code, peak_memory_mb=peak_memory_mb, handed_back=error)
+        why = error or "its lease was lost"
+        return Outcome(exit_code=exit_code, peak_memory_mb=peak_memory_mb, handed_back=why)
     if exit_code == 0:
         return outcome(None, None)
     if ending is Ending.INTERRUPTED:

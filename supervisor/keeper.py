@@ -52,9 +52,14 @@ from supervisor.store.reports import Reports
 from supervisor.store.supervisors import Identity, SupervisorStore
 from supervisor.store.transitions import Demand
 from supervisor.store.wakeup import BecamePending, CancelAsked, Change, ChangesUnavailable, JobChanges, Opened
+from supervisor.totals import Totals
 from supervisor.web.server import Health, Readiness
 
+TOTALS_SECONDS = 0.5
+IDLE_TOTALS_SECONDS = 10.0
+"""So often the counters are kept for the next keeper, at a price of 1 ms."""
 REGISTER_SECONDS = 10.0
+FIRST_LOOK_SECONDS = 0.1
 BURST_SECONDS = 0.005
 LOOK_AGAIN_SECONDS = 0.2
 REGISTER_AGAIN_SECONDS = 2.0
@@ -226,6 +231,7 @@ class Keeper:
         supervisors: SupervisorStore,
         leases: LeaseKeeper,
         metrics: Metrics,
+        totals: Totals,
         revive_store: Callable[[], object] = lambda: None,
         log: Logger | None = None,
     ) -> None:
@@ -236,6 +242,7 @@ class Keeper:
         self._supervisors = supervisors
         self._leases = leases
         self._metrics = metrics
+        self._totals = totals
         self._reports = Reports(jobs)
         self._revive_store = revive_store
         self._log = log or logger("keeper")
@@ -248,7 +255,8 @@ class Keeper:
         self._ready = False
         self._head_flagged = False
         self._woken_at = self._looked_at = 0.0
-        self._registered_at = 0.0
+        self._registered_at = self._kept_at = 0.0
+        self._counted = False
         self._adopted_at = 0.0
         renew_every = settings.lease_seconds / RENEWALS
         self._lease_thread = DutyThread(
@@ -280,6 +288,9 @@ class Keeper:
 
     def run(self) -> int:
         """Listens to the supervisor until it says so or is gone; returns the exit code."""
+        counted = self._totals.kept()
+        if counted is not None:
+            self._metrics.carry_on(counted)
         self._lease_thread.start()
         self._report_thread.start()
         self._listener.start()
@@ -303,6 +314,7 @@ class Keeper:
                 self._lease_thread.put(lambda: self._reclaim_worker(worker, cause))
             case Retire():
                 self._say_goodbye()
+                self._totals.keep(self._metrics.totals())
                 self._stop.set()
             case _:
                 pass
@@ -313,6 +325,11 @@ class Keeper:
             self._registered_at = clock()
             self._lease_thread.hasten("register")
         self._metrics.record(beat)
+        if beat.claimed or beat.finished or beat.operations or beat.restarts:
+            self._counted = True
+        if clock() - self._kept_at > (TOTALS_SECONDS if self._counted else IDLE_TOTALS_SECONDS):
+            self._kept_at, self._counted = clock(), False
+            self._totals.keep(self._metrics.totals())
         if beat.blocked_mb and not self._head_flagged:
             self._head_flagged = True
             self._report_thread.hasten("head")
@@ -388,7 +405,9 @@ class Keeper:
 
     def _renew_once(self, every: float) -> float:
         beat = self._view.beat
-        if not self._ready or beat is None or not (beat.running or self._leases.has_waiting_results()):
+        if not self._ready or beat is None:
+            return min(every, FIRST_LOOK_SECONDS)  # leases that an earlier keeper renewed may end soon
+        if not (beat.running or self._leases.has_waiting_results()):
             return every
         if clock() - self._view.seen_at > max(STALE_BEAT_SECONDS, self._settings.lease_seconds):
             return every  # the supervisor is stopped: nobody says that its jobs still run

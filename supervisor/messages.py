@@ -165,6 +165,8 @@ class FinishedJob:
     held: bool
     """False: the job was no longer this worker's, and nothing was written."""
     spooled: bool
+    cause: str = "shutdown"
+    """Why it was handed back, if it was: `shutdown` or `lease_expired`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,13 @@ class WarmReady:
     problems: list[str]
     usable: bool
     """False: jobs cannot be forked from it (it has threads); they are executed instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preloading:
+    """The interpreter imports this module now, which may end it."""
+
+    module: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +383,7 @@ class QueueHead:
 Message = (
     Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | GiveBack | NothingDue | Released
     | Hungry | Usage | Finished | Run | Extend | Stop | Ended | WarmReady | ForkRunner | RunnerForked
-    | PreloadChanged | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested
+    | Preloading | PreloadChanged | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested
     | StoreState | QueueHead
 )  # fmt: skip
 

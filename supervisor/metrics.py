@@ -1,19 +1,20 @@
 """Every metric of this supervisor, declared in one table, and how the messages of the pool become numbers.
 
 Nothing here performs I/O: the keeper records what it hears, and the web server reads the registry. While
-MongoDB is away the gauges that come from it keep their last value, and `supervisor_mongo_up` is 0. A keeper
-that dies takes its counters with it: its successor starts at 0, which `rate()` and `increase()` understand.
+MongoDB is away the gauges that come from it keep their last value, and `supervisor_mongo_up` is 0. What only
+grows is kept for the keeper that comes after this one: a restart that nobody asked for must not hide itself.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -256,9 +257,44 @@ class Metrics:
         for values in instrument.known:
             metric.labels(*values)
 
+    def totals(self) -> bytes:
+        """Everything that only grows, as JSON: for the keeper that comes after this one."""
+        values = {
+            instrument.name: [
+                [sample.name, sample.labels, sample.value] for family in metric.collect() for sample in family.samples
+            ]
+            for instrument in INSTRUMENTS
+            if (metric := self._counters.get(instrument.name) or self._histograms.get(instrument.name))
+        }
+        return json.dumps(values).encode()
+
+    def carry_on(self, totals: bytes) -> None:
+        """Adds what an earlier keeper counted."""
+        for name, samples in json.loads(totals).items():
+            before: dict[str, float] = {}
+            for sample, labels, value in samples:
+                if name in self._counters and sample.endswith("_total"):
+                    self._of(self._counters[name], labels).inc(value)
+                elif name in self._histograms and sample.endswith("_bucket"):
+                    bound, series = labels.pop("le"), json.dumps(labels)
+                    in_bucket, before[series] = value - before.get(series, 0.0), value
+                    self._add_to_bucket(self._of(self._histograms[name], labels), float(bound), in_bucket)
+                elif name in self._histograms and sample.endswith("_sum"):
+                    self._of(self._histograms[name], labels)._sum.inc(value)
+        for _, labels, _ in json.loads(totals).get("jobs_claimed_total", []):
+            self._shown.setdefault("queue_jobs", set()).add(self._queues.fold(labels["queue"]))
+
+    def _of(self, metric: Any, labels: dict[str, str]) -> Any:
+        return metric.labels(**labels) if labels else metric
+
+    def _add_to_bucket(self, histogram: Any, bound: float, count: float) -> None:
+        """The library has no public way to add to a histogram what was observed elsewhere."""
+        if bound in histogram._upper_bounds:
+            histogram._buckets[histogram._upper_bounds.index(bound)].inc(count)
+
     def record(self, beat: Beat) -> None:
-        """The state of the pool, and what happened in it since the last beat. Jobs that a shutdown handed
-        back are counted here as reclaimed; the other causes are the caller's to report."""
+        """The state of the pool, and what happened in it since the last beat. Jobs that were handed back are
+        counted here as reclaimed; the other causes are the caller's to report."""
         for state, count in (("idle", beat.idle), ("busy", beat.busy), ("starting", beat.starting)):
             self._gauges["workers"].labels(state).set(count)
         memory = {"budget": beat.budget_mb, "reserved": beat.reserved_mb, "used": beat.used_mb}
@@ -286,7 +322,7 @@ class Metrics:
         elif reason:
             self._counters["jobs_retried_total"].labels(reason).inc()
         else:
-            self.reclaimed("shutdown")
+            self.reclaimed("lease_expired" if finished.cause == "lease_expired" else "shutdown")
         if finished.held and reason not in (Reason.INVALID_JOB, Reason.START_FAILED):  # those never ran
             self._histograms["job_duration_seconds"].labels(finished.status).observe(finished.duration_seconds)
         if finished.peak_memory_mb is not None:
@@ -305,13 +341,14 @@ class Metrics:
         self._counters["jobs_finished_total"].labels(status, reason).inc()
 
     def set_queue_state(self, jobs_by_status: Mapping[str, int], queues: Mapping[str, QueueState]) -> None:
-        """The counts of the whole database. Queues that vanished disappear, those served here stay, at 0."""
+        """The counts of the whole database. A queue that was seen once stays, at 0, as long as there are not many."""
         statuses = Tally({status.value: 0 for status in Status})
         for status, count in jobs_by_status.items():
             statuses[status if status in statuses else OTHER] += count  # other programs write what they like
         self._replace("jobs", statuses)
-        due: Tally[str] = Tally(dict.fromkeys(self._served, 0))
-        ages = dict.fromkeys(self._served, 0.0)
+        known = sorted(self._shown.get("queue_jobs", set()) | set(self._served))
+        due: Tally[str] = Tally(dict.fromkeys(known, 0))
+        ages = dict.fromkeys(known, 0.0)
         for queue, state in queues.items():
             name = self._queues.fold(queue)
             due[name] += state.due

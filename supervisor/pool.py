@@ -25,6 +25,8 @@ from supervisor.messages import Channel, ChannelClosed, ChannelFull, ForkRunner,
 from supervisor.processes import clock, descendants, kill_descendants, signal_descendants
 
 YOUNG_SECONDS = 10.0
+SETTLED_SECONDS = 1.0
+"""A slot that was up for this long works."""
 BACKOFF_SECONDS = (0.0, 0.2, 1.0, 5.0, 15.0, 30.0)
 MAX_STARTING = 32
 MAX_UNSENT = 1000
@@ -300,10 +302,15 @@ class WorkerPool:
             if slot.state is not SlotState.RETIRING:
                 self._log.warning("slot_lost", slot=slot.number, first=child.role, pid=child.pid, exit_code=exit_code)
                 self.restarts.append(f"{child.role}_died")
-                if not slot.grants:  # else the job may be what killed it: the next one deserves a slot at once
-                    self.backoff.died(clock() - child.started_at)
+                self._note_life(slot, clock() - child.started_at)
         if child.role == "worker":
             child.channel.close()  # its runner has seen the worker's end already
+
+    def _note_life(self, slot: Slot, lived_seconds: float) -> None:
+        """What dies before or just after it was up will do so again: then the next start waits. What had a job may
+        have died of it, which says nothing about the next one."""
+        if slot.state is SlotState.STARTING or (not slot.grants and lived_seconds < SETTLED_SECONDS):
+            self.backoff.died(lived_seconds)
 
     def finish_ends(self) -> list[Slot]:
         """The slots that are entirely gone since the last call; helps along those whose other half lingers."""

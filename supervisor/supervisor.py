@@ -43,6 +43,7 @@ from supervisor.messages import (
     Operation,
     Pong,
     PreloadChanged,
+    Preloading,
     QueueHead,
     Refuse,
     Released,
@@ -127,7 +128,7 @@ class Supervisor:
         *,
         run_worker: RunWorker,
         run_keeper: Callable[[Channel], int],
-        start_warm: Callable[[Settings], Child],
+        start_warm: Callable[[Settings, Collection[str]], Child],
         reload: Callable[[], Settings],
         spared: Callable[[], Collection[int]] = tuple,
         keeper_descriptors: Collection[int] = (),
@@ -152,6 +153,9 @@ class Supervisor:
         self._warm_backoff = Backoff()
         self._warm_ready = False
         self._warm_problems: list[str] = []
+        self._preloading: str | None = None
+        self._fatal_modules: set[str] = set()
+        """Those whose import ended the warm interpreter."""
         self._retired: dict[int, Child] = {}
         self._store_up = True
         self._held: dict[str, Held] = {}
@@ -170,6 +174,7 @@ class Supervisor:
         self._sweep_at = 0.0
         self._interrupts = 0
         self._drain_deadline = float("inf")
+        self._stop_again_at = float("inf")
         self._stop_deadline = float("inf")
         self._jobs_stopped = False
         self._ready_said = False
@@ -268,8 +273,11 @@ class Supervisor:
                     self._slot_ready(self._pool.slots[message.slot])
             case WarmReady(), Child():
                 self._warm_is_ready(message, owner)
+            case Preloading(), Child():
+                self._preloading = message.module
             case PreloadChanged(), Child():
                 self._log.info("preload_changed", module=message.module)
+                self._fatal_modules.clear()
                 self._replace_warm()
             case KeeperReady() | StoreState(), Child() if owner is not self._keeper:
                 pass  # from one that was replaced
@@ -368,7 +376,8 @@ class Supervisor:
     def _warm_is_ready(self, ready: WarmReady, child: Child) -> None:
         if child is not self._warm:
             return
-        self._warm_ready = True
+        self._warm_ready, self._preloading = True, None
+        self._pool.replace_all()  # what was forked from an earlier one went on until now
         self._warm_problems = list(ready.problems)
         for problem in ready.problems:
             self._log.error("preload_problem", msg=problem)
@@ -485,8 +494,11 @@ class Supervisor:
         if self.phase >= Phase.STOPPING:
             return
         if self._warm is None and self._warm_backoff.allows():
-            self._warm = self._started(lambda: self._start_warm(self._settings), self._warm_backoff)
-        if self._keeper is None and self._keeper_backoff.allows():
+            self._warm = self._started(
+                lambda: self._start_warm(self._settings, self._fatal_modules), self._warm_backoff
+            )
+        leaving = any(child.role == "keeper" for child in self._retired.values())  # it has to hand over its totals
+        if self._keeper is None and not leaving and self._keeper_backoff.allows():
             self._keeper = self._started(self._fork_keeper, self._keeper_backoff)
             self._report_lost_workers()
         if self._warm is not None and self._warm_ready and self.phase is Phase.RUNNING:
@@ -504,8 +516,11 @@ class Supervisor:
             self._keeper, self._keeper_ready = None, False
         elif self._warm is not None and pid == self._warm.pid:
             self._forget(self._warm, "warm_interpreter_died", exit_code, self._warm_backoff)
-            self._warm, self._warm_ready = None, False
-            self._pool.replace_all()  # its runners go on with their jobs, but can be no model for new ones
+            self._warm, self._warm_ready = None, False  # its runners go on until there is a new one
+            if self._preloading is not None:
+                self._log.error("preload_fatal", module=self._preloading, msg="its import ended the interpreter")
+                self._fatal_modules.add(self._preloading)
+                self._preloading = None
         elif pid in self._retired:
             self._close(self._retired.pop(pid))
         else:
@@ -570,13 +585,12 @@ class Supervisor:
         return Child("keeper", pid, ours)
 
     def _replace_warm(self) -> None:
-        """The old one forks what it was asked to, and ends; its runners go on until their slots are replaced."""
+        """The old one forks what it was asked to, and ends; its runners go on until the new one is ready."""
         if self._warm is not None:
             self._retired[self._warm.pid] = self._warm
             self._warm.channel.end()
             self._warm = None
         self._warm_ready = False
-        self._pool.replace_all()
 
     # -- every second -------------------------------------------------------------------------------------------------
 
@@ -623,7 +637,11 @@ class Supervisor:
 
     def _look_after_host(self) -> None:
         """Other programs use memory too: while it is short, nothing more is claimed."""
-        why = pressure(self._settings.memory_pressure)
+        try:
+            why = pressure(self._settings.memory_pressure)
+        except OSError as error:  # no descriptor is left: jobs go on, and there may be one later
+            self._log.error("host_not_seen", error=error)
+            return
         if why is not None and self._budget.paused is None:
             self._log.warning("claiming_paused", msg=why)
             self._budget.pause(why)
@@ -672,7 +690,7 @@ class Supervisor:
         problems = list(self._warm_problems)
         if self.phase is not Phase.RUNNING:
             problems.append("draining: no jobs are claimed any more")
-        if not self._warm_ready:
+        if not self._warm_ready and workers == 0:
             problems.append("the warm interpreter is not ready")
         if workers == 0:
             problems.append("no worker is up")
@@ -700,7 +718,7 @@ class Supervisor:
         """Claim nothing more, let jobs finish until the deadline, stop them, and end."""
         if self.phase is Phase.RUNNING:
             self.phase = Phase.DRAINING
-            self._drain_deadline = clock() + self._settings.shutdown_timeout
+            self._drain_deadline = self._stop_again_at = clock() + self._settings.shutdown_timeout
             self._log.info("draining", running=len(self._held), seconds=self._settings.shutdown_timeout)
             for slot in self._pool.slots.values():
                 slot.worker.send(GiveBack())
@@ -717,7 +735,7 @@ class Supervisor:
     def stop_now(self) -> None:
         """The deadline of the drain is now."""
         self.drain()
-        self._drain_deadline = clock()
+        self._drain_deadline = self._stop_again_at = clock()
         self._stop_jobs(list(self._held), Ending.INTERRUPTED, now=self._jobs_stopped)
         self._jobs_stopped = True
 
@@ -739,6 +757,7 @@ class Supervisor:
         except (ConfigurationError, OSError, ValueError) as error:
             self._log.error("reload_refused", error=error, msg="the settings of before stay in force")
             return
+        self._fatal_modules.clear()
         self._pool.desired = self._settings.workers
         self._budget.resize(self._settings.memory_budget or self._default_budget_mb)
         self._replace_warm()
@@ -780,10 +799,13 @@ class Supervisor:
     def _advance_shutdown(self) -> None:
         now = clock()
         if self.phase is Phase.DRAINING:
-            if now >= self._drain_deadline:
+            if now >= self._stop_again_at:
                 self._stop_jobs(list(self._held), Ending.INTERRUPTED)
-                self._drain_deadline = now + 1.0  # said again to jobs that started meanwhile
-            if not any(slot.state in (SlotState.BUSY, SlotState.CLAIMING) for slot in self._pool.slots.values()):
+                self._stop_again_at = now + 1.0  # said again to jobs that started meanwhile
+            awaited = {SlotState.BUSY}
+            if now < self._drain_deadline:
+                awaited.add(SlotState.CLAIMING)  # later on it is none of ours: a claim can hang like MongoDB
+            if not any(slot.state in awaited for slot in self._pool.slots.values()):
                 self.phase = Phase.STOPPING
                 self._stop_deadline = now + STOP_SECONDS
                 self._pool.desired = 0

@@ -9,6 +9,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from supervisor import execution
@@ -16,7 +17,7 @@ from supervisor.cli.doctor import conflict_advice, conflicting_distribution
 from supervisor.errors import ConfigurationError, StoreUnavailable, SupervisorError
 from supervisor.events import configure_logging, logger
 from supervisor.execution.isolation import why_not_possible
-from supervisor.execution.orphans import MARKER, end_orphans, marker
+from supervisor.execution.orphans import MARKER, end_orphans, mark_limits, marker
 from supervisor.job import lease_margin
 from supervisor.keeper import Keeper
 from supervisor.leases import LeaseKeeper
@@ -40,12 +41,18 @@ from supervisor.store.output import OutputStore
 from supervisor.store.supervisors import Identity, SupervisorStore
 from supervisor.store.transitions import Owner
 from supervisor.supervisor import Supervisor
+from supervisor.totals import Totals
 from supervisor.web.server import WebServer, listen
 from supervisor.worker import Worker
 
 WITHHELD = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
 """What systemd tells the supervisor is none of a job's business."""
 
+
+FIXED = (
+    "mongo_uri", "mongo_db", "mongo_collection", "data_dir", "metrics_host", "metrics_port", "memory_enforcement",
+)  # fmt: skip
+"""Settings that a reload cannot change: what runs depends on them."""
 
 START_SECONDS = 10.0
 """So long MongoDB may take to answer at the start; later it may be away for as long as it likes."""
@@ -119,6 +126,7 @@ class Host:
         self._groups: MemoryGroups | None = None
         self._uri = settings.mongo_uri
         self._pid = os.getpid()
+        self._totals = Totals()
         self._host = socket.gethostname()
         self._supervisor_id = f"{self._host}-{self._pid}-{secrets.token_hex(4)}"
         self._identity = Identity.of_process(self._supervisor_id, self._host, self._pid)
@@ -205,18 +213,19 @@ class Host:
             supervisors=supervisors,
             leases=leases,
             metrics=metrics,
+            totals=self._totals,
             revive_store=self._embedded.revive if self._embedded else lambda: None,
         )
         if self._http is not None:
             WebServer(self._http, metrics.registry, keeper.health, keeper.readiness).start()
         return keeper.run()
 
-    def start_warm(self, settings: Settings) -> Child:
-        """Its arguments end in padding: a job writes its own command line over them, for `ps`."""
+    def start_warm(self, settings: Settings, fatal: Collection[str]) -> Child:
+        """Without the modules of `fatal`. Its arguments end in padding: a job writes its command line over them."""
         ours, theirs = Channel.pair()
         program = [sys.executable, str(Path(execution.__file__).with_name("warm.py"))]
         process = subprocess.Popen(
-            [*program, str(theirs.fileno()), self._warm_orders(settings), "[]", " " * 1024],
+            [*program, str(theirs.fileno()), self._warm_orders(settings, fatal), "[]", " " * 1024],
             pass_fds=(theirs.fileno(),),
             env=self._environment_of_jobs(),
             stdin=subprocess.DEVNULL,
@@ -224,12 +233,14 @@ class Host:
             start_new_session=True,  # Ctrl-C is for the supervisor alone
         )
         theirs.close()
+        mark_limits(process.pid, self._pid)
         process.returncode = 0  # the supervisor reaps all its children itself
         return Child("warm interpreter", process.pid, ours)
 
-    def _warm_orders(self, settings: Settings) -> str:
+    def _warm_orders(self, settings: Settings, fatal: Collection[str]) -> str:
         orders = {
             "preload": settings.preload,
+            "fatal": [name for name in settings.preload if name in fatal],
             "oom_score_adj": min(100, settings.oom_score_adj // 2),
             "isolated": settings.isolation == "pidns",
             "memory_groups": self._groups.prefix if self._groups is not None else None,
@@ -254,7 +265,8 @@ class Host:
         return {**kept, MARKER: marker(self._pid)}
 
     def _keeper_descriptors(self) -> list[int]:
-        return [self._http.fileno()] if self._http is not None else []
+        http = [self._http.fileno()] if self._http is not None else []
+        return [self._totals.fileno(), *http]
 
     def _forget_inherited(self) -> None:
         if self._http is not None:
@@ -272,17 +284,9 @@ class Host:
         fresh = load_settings()
         check_for_supervising(fresh)
         check_isolation(fresh)
-        if fresh.memory_enforcement != self.settings.memory_enforcement:
-            raise ConfigurationError(
-                "cannot change while the supervisor runs: restart it", setting="MEMORY_ENFORCEMENT"
-            )
-        if fresh.mongo_uri != self.settings.mongo_uri or fresh.data_dir != self.settings.data_dir:
-            raise ConfigurationError("cannot change while the supervisor runs: restart it", setting="MONGO_URI")
-        if (fresh.metrics_host, fresh.metrics_port) != (
-            self.settings.metrics_host,
-            self.settings.metrics_port,
-        ):
-            raise ConfigurationError("cannot change while the supervisor runs: restart it", setting="METRICS_PORT")
+        for name in FIXED:
+            if getattr(fresh, name) != getattr(self.settings, name):
+                raise ConfigurationError("cannot change while the supervisor runs: restart it", setting=name.upper())
         configure_logging(fresh.log_format, fresh.log_level)
         self.settings = fresh
         return fresh

@@ -1,15 +1,18 @@
-"""Processes that a killed supervisor left behind: found by a mark in their environment, and ended.
+"""Processes that a killed supervisor left behind: found by a mark in their environment or their limits, and ended.
 
 The mark names the supervisor's process beyond doubt (PID namespace, PID, start time). The warm interpreter is started
 with it, and everything below inherits it. So a new supervisor can end what no living one answers for, before it claims
-anything. A process that cleared its environment *and* outlived the killing of everybody else hides from this.
+anything. A process may clear its environment; then it still has the same mark in a resource limit that never applies:
+how many microseconds of CPU time a real-time process may use at a stretch, a number of some 100,000 years.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
+import sys
 import time
 
 import psutil
@@ -18,11 +21,25 @@ from supervisor.processes import ProcessRef, pid_namespace
 
 MARKER = "JOB_SUPERVISOR"
 PATIENCE_SECONDS = 5.0
+_LIMIT = getattr(resource, "RLIMIT_RTTIME", None) if sys.platform == "linux" else None
+_LIMIT_NAME = b"Max realtime timeout"
+_TAG = 1 << 62
+_PID_BITS = 22
+"""The kernel's PID_MAX_LIMIT; above them there is room for 300 years of clock ticks."""
 
 
 def marker(supervisor_pid: int) -> str:
     """The mark of what belongs to this supervisor."""
     return f"{pid_namespace()}/{supervisor_pid}/{ProcessRef.of(supervisor_pid).started}"
+
+
+def mark_limits(pid: int, supervisor_pid: int) -> None:
+    """Marks a process, and with it what it will start. Where that cannot be done the environment has to do."""
+    started = ProcessRef.of(supervisor_pid).started
+    value = _TAG | started << _PID_BITS | supervisor_pid
+    if _LIMIT is not None and value < 1 << 63:
+        with contextlib.suppress(OSError, ValueError):
+            resource.prlimit(pid, _LIMIT, (value, resource.prlimit(pid, _LIMIT)[1]))
 
 
 def end_orphans() -> int:
@@ -69,7 +86,25 @@ def _mark_of(pid: int) -> str | None:
     except OSError:
         return None
     prefix = MARKER.encode() + b"="
-    return next((os.fsdecode(entry[len(prefix) :]) for entry in variables if entry.startswith(prefix)), None)
+    mark = next((os.fsdecode(entry[len(prefix) :]) for entry in variables if entry.startswith(prefix)), None)
+    return mark or _mark_in_limits(pid)
+
+
+def _mark_in_limits(pid: int) -> str | None:
+    """The same mark; the namespace is that of the process, since a limit has no room for it."""
+    try:
+        with open(f"/proc/{pid}/limits", "rb") as file:
+            lines = file.read().splitlines()
+        namespace = os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(_LIMIT_NAME):
+            text = line[len(_LIMIT_NAME) :].split()[0]
+            value = int(text) if text.isdigit() else 0
+            if value & _TAG and value < _TAG << 1:
+                return f"{namespace}/{value & (1 << _PID_BITS) - 1}/{(value ^ _TAG) >> _PID_BITS}"
+    return None
 
 
 def _is_answered_for(mark: str) -> bool:

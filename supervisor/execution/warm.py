@@ -3,7 +3,8 @@
 Run as a file by the supervisor (`python warm.py DESCRIPTOR ORDERS REFUSED PADDING`), never imported by it. It knows
 neither MongoDB nor a secret, has no thread, and never runs a job. Preloaded modules are foreign code: one that cannot
 be imported is left out with a sentence; one that starts a thread is refused, because a fork would lose that thread,
-by executing this file again without it. When the supervisor dies the socket closes, and this process ends.
+by executing this file again without it; one that ends this process is left out the next time. When the supervisor
+dies the socket closes, and this process ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 if __name__ == "__main__":
@@ -27,26 +30,71 @@ if __name__ == "__main__":
 from supervisor.execution import child, fork_hooks
 from supervisor.execution.child import Launch
 from supervisor.execution.runner import Interpreter, Runner
-from supervisor.messages import Channel, ChannelClosed, ForkRunner, Ping, Pong, PreloadChanged, RunnerForked, WarmReady
+from supervisor.messages import (
+    Channel,
+    ChannelClosed,
+    ForkRunner,
+    Ping,
+    Pong,
+    PreloadChanged,
+    Preloading,
+    RunnerForked,
+    WarmReady,
+)
 from supervisor.processes import reap, set_oom_score_adj
 
 FILES_INTERVAL_MS = 2000
 
 
-def preload(names: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Imports the modules; returns those imported, those that start threads, and sentences about the failures."""
-    imported, threaded, problems = [], [], []
+@dataclass(slots=True)
+class Preloaded:
+    """What became of the modules that were to be preloaded."""
+
+    imported: list[str] = field(default_factory=list)
+    threaded: list[str] = field(default_factory=list)
+    """Those that start threads."""
+    problems: list[str] = field(default_factory=list)
+    """Sentences about the failures."""
+    files: set[str] = field(default_factory=set)
+    """Of the failures: when one of them changes, it is time to try again."""
+
+
+def preload(names: list[str], announce: Callable[[str], object]) -> Preloaded:
+    """Imports the modules. Each is announced before: it may end this process."""
+    done = Preloaded()
+    directory = os.getcwd()
     for name in names:
+        announce(name)
         try:
             importlib.import_module(name)
         except BaseException as error:  # foreign code: even sys.exit must not end this process
-            problems.append(f"PRELOAD: {name} cannot be imported: {type(error).__name__}: {error}")
+            done.problems.append(f"PRELOAD: {name} cannot be imported: {type(error).__name__}: {error}")
+            done.files |= files_of(name, error)
             continue
-        imported.append(name)
+        finally:
+            os.chdir(directory)  # a job begins where the supervisor does
+        done.imported.append(name)
         if has_threads_after_fork():
-            threaded.append(name)
+            done.threaded.append(name)
             break
-    return imported, threaded, problems
+    return done
+
+
+def files_of(name: str, error: BaseException | None = None) -> set[str]:
+    """The module's file, as far as it can be found, and those that the error came through."""
+    from importlib.util import find_spec  # only here: what is loaded now, every job has loaded
+
+    files = {error.filename} if isinstance(error, SyntaxError) else set()
+    traceback = error.__traceback__ if error is not None else None
+    while traceback is not None:
+        files.add(traceback.tb_frame.f_code.co_filename)
+        traceback = traceback.tb_next
+    try:
+        spec = find_spec(name)
+    except BaseException:  # it imports the packages above, which are foreign code, too
+        spec = None
+    files.add(spec.origin if spec is not None else None)
+    return {file for file in files if file is not None and os.path.isfile(file) and file != __file__}
 
 
 def has_threads_after_fork() -> bool:
@@ -155,13 +203,18 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
     wanted: list[str] = orders["preload"]
     set_oom_score_adj(orders["oom_score_adj"])
     supervisor = Channel.from_descriptor(descriptor)
+    fatal: list[str] = orders["fatal"]
     own_path = sys.path.pop(0)
-    imported, threaded, problems = preload([name for name in wanted if name not in refused])
+    left_out = {*refused, *fatal}
+    done = preload([name for name in wanted if name not in left_out], lambda name: supervisor.send(Preloading(name)))
+    failed_files = done.files.union(*(files_of(name) for name in fatal))
     sys.path.insert(0, own_path)
-    if threaded:
+    if done.threaded:
         os.set_inheritable(descriptor, True)
-        arguments = [str(descriptor), json.dumps(orders), json.dumps([*refused, *threaded]), *sys.argv[4:]]
+        arguments = [str(descriptor), json.dumps(orders), json.dumps([*refused, *done.threaded]), *sys.argv[4:]]
         os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *arguments])
+    problems = done.problems
+    problems += [f"PRELOAD: {name} ends the interpreter when imported; left out" for name in fatal]
     problems += [
         f"PRELOAD: {name} starts a thread when imported, which a fork would lose; left out" for name in refused
     ]
@@ -174,9 +227,10 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
         memory_groups=orders["memory_groups"],
     )
     files = loaded_files(before) if wanted else {}
+    files |= {path: (os.path.basename(path), os.stat(path).st_mtime) for path in failed_files}
     fork_hooks.stop_holding_back()
     child.prepare_warm()
-    supervisor.send(WarmReady(os.getpid(), imported, problems, usable))
+    supervisor.send(WarmReady(os.getpid(), done.imported, problems, usable))
     return WarmInterpreter(supervisor, interpreter, files)
 
 

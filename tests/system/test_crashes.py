@@ -111,10 +111,11 @@ def test_supervisor_keeper_workers_and_warm_interpreter_killed_at_once(start_sup
     assert_ran_again(job, said="its supervisor died")
 
 
-def test_everything_of_ours_killed_at_once(start_supervisor: Start, jobs: Jobs) -> None:
+@pytest.mark.parametrize("hide", [False, True])
+def test_everything_of_ours_killed_at_once(start_supervisor: Start, jobs: Jobs, hide: bool) -> None:
     """Nobody is left to sweep up: the next supervisor ends what the jobs started, before it claims anything."""
     first = start_supervisor()
-    job = jobs.family()
+    job = jobs.family(hide=hide)
     family = job.wait_family()
     kill_at_once(process for process in first.everything() if process not in family)
     first.wait()
@@ -157,6 +158,34 @@ def test_a_job_that_kills_its_runner_each_time_is_lost(supervisor: RunningSuperv
     document = jobs.run("import os, time; os.kill(os.getppid(), 9); time.sleep(60)")
     assert (document["status"], document["reason"], document["losses"]) == ("failed", "lost", 3)
     supervisor.wait_idle(2)
+
+
+def test_jobs_that_kill_their_runners_do_not_hold_up_the_others(supervisor: RunningSupervisor, jobs: Jobs) -> None:
+    """Each of them takes three slots with it; the next slot is there at once."""
+    script = jobs.script("import os, time; os.kill(os.getppid(), 9); time.sleep(60)")
+    poison = [jobs.submit(script) for _ in range(4)]
+    good = [jobs.submit(jobs.script("pass", "good.py")) for _ in range(4)]
+    for job_id in poison:
+        assert jobs.wait(job_id)["reason"] == "lost"
+    for job_id in good:
+        assert jobs.wait(job_id)["status"] == "completed"
+    began = min(jobs.get(job_id)["created_at"] for job_id in poison)
+    ended = max(jobs.get(job_id)["finished_at"] for job_id in (*poison, *good))
+    assert (ended - began).total_seconds() < 25, "no pause of the pool grew to 15 s"
+    supervisor.wait_idle(2)
+
+
+def test_counters_outlive_the_keeper(supervisor: RunningSupervisor, jobs: Jobs) -> None:
+    assert jobs.run("pass")["status"] == "completed"
+    for deaths in (1, 2):
+        wait_until(lambda: supervisor.metric("jobs_finished_total", status="completed") == 1, what="the count")
+        wait_until(lambda: supervisor.metric("job_duration_seconds_count") == 1, what="the histogram")
+        supervisor.wait_idle(2)
+        os.kill(supervisor.keeper(), signal.SIGKILL)
+        wait_until(
+            lambda: supervisor.metric("worker_restarts_total", reason="keeper_died") == deaths,  # noqa: B023
+            what="each death to be counted",
+        )
 
 
 def test_a_killed_job_process_is_a_failure_of_the_job(supervisor: RunningSupervisor, jobs: Jobs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 
@@ -115,6 +116,36 @@ def test_an_outage_longer_than_the_lease_ends_the_jobs(
     document = job.finish()
     assert (document["status"], document["attempts"]) == ("completed", 2)
     assert document.get("failures", 0) == 0
+
+
+def test_a_drain_ends_though_neither_mongodb_nor_the_disk_takes_a_result(
+    start_supervisor: Start, jobs: Jobs, mongo_server: MongoServer
+) -> None:
+    supervisor = start_supervisor(shutdown_timeout=1)
+    job = jobs.gated()
+    main = psutil.Process(job.wait_started())
+    results = supervisor.directory / ".supervisor" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(results)
+    results.write_text("in the way")
+    with outage(mongo_server):
+        job.let_go()
+        wait_gone([main])
+        wait_until(lambda: "spool_failed" in supervisor.log(), what="the trouble to begin")
+        assert supervisor.stop() == 0
+
+
+def test_a_supervisor_without_descriptors_goes_on_when_it_has_some(start_supervisor: Start, jobs: Jobs) -> None:
+    supervisor = start_supervisor()
+    job = jobs.gated()
+    job.wait_started()
+    process = psutil.Process(supervisor.pid)
+    before = process.rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), before[1]))
+    wait_until(lambda: "host_not_seen" in supervisor.log(), what="it to run out of descriptors")
+    process.rlimit(psutil.RLIMIT_NOFILE, before)
+    assert job.finish()["attempts"] == 1
+    assert jobs.run("pass")["status"] == "completed"
 
 
 def test_mongodb_is_killed_twice_while_jobs_drain(

@@ -208,6 +208,41 @@ def test_a_reload_with_a_wrong_setting_changes_nothing(start_supervisor: Start, 
     assert jobs.run("pass")["status"] == "completed"
 
 
+@pytest.mark.parametrize("setting", ["mongo_db", "mongo_collection", "data_dir"])
+def test_a_reload_cannot_move_to_another_database(start_supervisor: Start, jobs: Jobs, setting: str) -> None:
+    supervisor = start_supervisor(**{setting: None})
+    job = jobs.gated()
+    if setting != "mongo_db":
+        job.wait_started()
+    write_settings(supervisor, **{setting: "another"})
+    supervisor.signal(signal.SIGHUP)
+    wait_until(lambda: f"SUPERVISOR_{setting.upper()}: cannot change" in supervisor.log(), what="the refusal")
+    if setting != "mongo_db":
+        assert job.finish()["attempts"] == 1
+
+
+def test_jobs_go_on_while_a_reload_imports_for_long(start_supervisor: Start, jobs: Jobs) -> None:
+    """The old pool works until the new interpreter is ready, and the counters go on."""
+    gate = jobs.directory / "gate"
+    source = f"import os, time\nwhile os.path.exists({str(gate)!r}):\n    time.sleep(0.01)\n"
+    modules = jobs.directory / "modules"
+    modules.mkdir()
+    (modules / "slowly.py").write_text(source)
+    supervisor = start_supervisor(preload="slowly", module_path=modules)
+    assert jobs.run("pass")["status"] == "completed"
+    old = supervisor.warm_interpreter()
+    gate.touch()
+    reload(supervisor)
+    for _ in range(3):
+        assert jobs.run("pass")["status"] == "completed"
+    assert supervisor.is_ready()
+    gate.unlink()
+    wait_until(lambda: supervisor.warm_interpreter() not in (old, 0), what="the new interpreter")
+    supervisor.wait_idle(2)
+    assert jobs.run("pass")["status"] == "completed"
+    wait_until(lambda: supervisor.metric("jobs_finished_total", status="completed") == 5, what="the count")
+
+
 def test_many_reloads_at_once(supervisor: RunningSupervisor, jobs: Jobs) -> None:
     job = jobs.gated()
     job.wait_started()

@@ -189,3 +189,8 @@ def test_how_an_attempt_ended(ending: Ending, exit_code: int | None, reason: Rea
 def test_what_is_interrupted_is_handed_back(ending: Ending, exit_code: int) -> None:
     outcome = outcome_of(ending, exit_code, error="sentence", peak_memory_mb=None, last_words="")
     assert outcome.handed_back and outcome.reason is None
+
+
+def test_who_lost_the_lease_has_not_completed() -> None:
+    outcome = outcome_of(Ending.LEASE_ENDED, -9, error=None, peak_memory_mb=1, last_words="")
+    assert decide(JobSpec(request_name="r", python_path="a.py"), Counts(), outcome).status is Status.PENDING

@@ -194,8 +194,9 @@ def test_queues_come_and_go_and_served_ones_stay() -> None:
     assert queues_shown(metrics, "queue_jobs") == {"mail", "reports", "bulk"}
     assert value(metrics, "jobs_claimed_total", queue="bulk") == 0
     metrics.set_queue_state({"failed": 1}, {})
-    assert queues_shown(metrics, "queue_jobs") == {"mail", "reports"}
-    assert queues_shown(metrics, "queue_oldest_job_age_seconds") == {"mail", "reports"}
+    assert queues_shown(metrics, "queue_jobs") == {"mail", "reports", "bulk"}
+    assert queues_shown(metrics, "queue_oldest_job_age_seconds") == {"mail", "reports", "bulk"}
+    assert value(metrics, "queue_jobs", queue="bulk") == 0
     assert value(metrics, "queue_oldest_job_age_seconds", queue="mail") == 0
     assert value(metrics, "jobs", status="pending") == 0
     assert value(metrics, "jobs", status="failed") == 1
@@ -223,6 +224,26 @@ def test_the_name_of_a_queue_cannot_break_the_scrape(metrics: Metrics, queue: st
     metrics.record(replace(BEAT, claimed=[replace(CLAIMED, queue=queue)]))
     metrics.set_queue_state({}, {queue: QueueState(1, 1.0)})
     assert len(generate_latest(metrics.registry)) < 50_000
+
+
+def test_the_next_keeper_counts_on(metrics: Metrics) -> None:
+    busy(metrics)
+    metrics.set_queue_state({}, {"bulk": QueueState(1, 1.0)})
+    following = Metrics()
+    following.carry_on(metrics.totals())
+    assert following.totals() == metrics.totals()
+    busy(following)
+    for name in ("jobs_finished_total", "memory_kills_total", "job_duration_seconds_count", "job_wait_seconds_sum"):
+        assert total(following, name) == pytest.approx(2 * total(metrics, name)) != 0
+    following.set_queue_state({}, {})
+    assert value(following, "queue_jobs", queue="bulk") == 0
+
+
+def total(metrics: Metrics, name: str) -> float:
+    """The sum over all labels."""
+    families = metrics.registry.collect()
+    samples = [sample for family in families for sample in family.samples if sample.name == PREFIX + name]
+    return sum(sample.value for sample in samples)
 
 
 def test_both_formats_can_be_parsed(metrics: Metrics) -> None:
