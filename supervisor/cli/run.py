@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -58,8 +59,27 @@ START_SECONDS = 10.0
 """So long MongoDB may take to answer at the start; later it may be away for as long as it likes."""
 
 
+class EndedEarly(BaseException):
+    """A signal came before the main loop, which drains, was there."""
+
+
+def end_early(number: int, frame: object) -> None:
+    raise EndedEarly
+
+
 def run(settings: Settings) -> int:
     """Supervises until a signal ends it; returns the exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, end_early)
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)  # there is nothing yet to reload, to show or to resize
+    try:
+        return _run(settings)
+    except EndedEarly:
+        return 0
+
+
+def _run(settings: Settings) -> int:
     check_for_supervising(settings)
     check_isolation(settings)
     conflict = conflicting_distribution()
@@ -88,9 +108,12 @@ def check_reachable(uri: str) -> None:
         finally:
             os._exit(0)
     os.close(writer)
-    with os.fdopen(reader, "rb") as answer:
-        problem = answer.read().decode()
-    os.waitpid(pid, 0)
+    try:
+        with os.fdopen(reader, "rb") as answer:
+            problem = answer.read().decode()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     if problem:
         raise StoreUnavailable(problem)
 
@@ -156,8 +179,8 @@ class Host:
 
     def _use_embedded(self, cleanup: contextlib.ExitStack) -> None:
         self._embedded = EmbeddedMongo(self.settings.data_dir)
-        self._embedded.start()
         cleanup.callback(self._embedded.stop)
+        self._embedded.start()
         self._uri = self._embedded.uri
         self._log.info(
             "embedded_mongodb",

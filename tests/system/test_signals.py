@@ -313,6 +313,23 @@ def test_without_a_port_there_is_no_server(start_supervisor: Start, jobs: Jobs) 
     assert listening == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_start_that_waits_for_mongodb_can_be_ended(
+    start_supervisor: Start, mongo_server: MongoServer, number: signal.Signals
+) -> None:
+    mongo_server.stop()
+    try:
+        supervisor = start_supervisor(ready=False)
+        waiting = wait_until(supervisor.tree, what="it to knock at MongoDB")
+        supervisor.signal(signal.SIGHUP)
+        supervisor.signal(number)
+        assert supervisor.wait() == 0
+        assert "Traceback" not in supervisor.log()
+        wait_gone(waiting)
+    finally:
+        mongo_server.start()
+
+
 def test_a_start_waits_a_moment_for_mongodb(start_supervisor: Start, jobs: Jobs, mongo_server: MongoServer) -> None:
     job_id = jobs.submit(jobs.script("pass"))
     mongo_server.stop()
