@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -344,7 +345,7 @@ def kill_descendants(root: int, skip: Collection[int] = (), deadline: float = 10
     if root != os.getpid():
         raise ValueError("only the descendants of the calling process can be killed and reaped")
     give_up = time.monotonic() + deadline
-    killed = _stop_all(root, skip, give_up)
+    killed = stop_descendants(root, skip, give_up)
     statuses: dict[int, int] = {}
     pause = 0.0005
     while True:
@@ -359,8 +360,11 @@ def kill_descendants(root: int, skip: Collection[int] = (), deadline: float = 10
         pause = min(pause * 1.5, 0.005)
 
 
-def _stop_all(root: int, skip: Collection[int], give_up: float) -> set[int]:
-    """Returns the processes that were alive and are stopped now."""
+def stop_descendants(root: int, skip: Collection[int] = (), give_up: float = math.inf) -> set[int]:
+    """Stop every descendant of `root`, until nobody new appears; returns those that were alive and are stopped now.
+
+    `give_up` is a time of `time.monotonic()`.
+    """
     asked: set[int] = set()
     stopped: set[int] = set()
     for _ in range(_STOP_PASSES):

@@ -4,7 +4,7 @@ The runner's loop calls `look` when `next_look` has come: far from the limit eve
 it every 2 ms, so that a job which allocates at full speed is seen before it got far. While the cheap upper
 bound is within the limit, that is all. Above it, what is certain to be the job's own decides at once, and
 an exact reading decides what is in doubt (pages shared between processes or with the runner). A job is
-never reported by an estimate.
+never reported by an estimate, and one of several processes only by a reading while they were stopped.
 
 Two sums bracket what is charged: the *floor* counts what must be the job's own, the *estimate* adds to the
 last exact reading whatever has grown since. Writing to a shared page changes neither, only page faults hint at
@@ -15,14 +15,22 @@ more. If the runner dies, so does the job.
 from __future__ import annotations
 
 import os
+import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import psutil
 
-from supervisor.memory.usage import CheapReading, tree_usage
-from supervisor.processes import ProcessStat, children, descendants, process_stat
+from supervisor.memory.usage import CheapReading, ProcessUsage, tree_usage
+from supervisor.processes import (
+    ProcessStat,
+    children,
+    descendants,
+    process_stat,
+    signal_descendants,
+    stop_descendants,
+)
 
 MB = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -108,11 +116,14 @@ class _Member(CheapReading):
 
     @property
     def certain(self) -> int:
-        """What is charged for it at least."""
-        if self.uncharged is None:
-            return 0
-        shared = self.charged_shared if self.shared == self.settled_shared else 0
-        return max(0, self.anonymous - self.uncharged) + shared
+        """What is charged for its private memory at least."""
+        return 0 if self.uncharged is None else max(0, self.anonymous - self.uncharged)
+
+    @property
+    def certain_shared(self) -> int:
+        """Its part of shared memory at the last exact reading; 0 when that has changed."""
+        known = self.uncharged is not None and self.shared == self.settled_shared
+        return self.charged_shared if known else 0
 
 
 class MemoryMonitor:
@@ -177,14 +188,28 @@ class MemoryMonitor:
         floor, ceiling = self._floor(), self._ceiling()
         overrun = None
         if floor > self.limit + self._counter_error * len(self._members):
-            overrun = self._overrun(floor, {pid: member.certain for pid, member in self._members.items()})
+            overrun = self._overrun(
+                floor, {pid: member.certain + member.certain_shared for pid, member in self._members.items()}
+            )
         elif self._in_doubt(floor, ceiling, now):
             overrun = self._read_exactly()
+            floor, ceiling = self._floor(), self._ceiling()
+        if overrun is not None and len(self._members) > 1:
+            overrun = self._confirm()
             floor, ceiling = self._floor(), self._ceiling()
         self._record(now, floor, ceiling, overrun)
         after = self._clock()
         busy = (after - before) * _BUSY_SHARE if self._exact_at < before else 0.0
         self.next_look = after + max(self._delay(self.used), min(busy, self._interval))
+        return overrun
+
+    def _confirm(self) -> Overrun | None:
+        """Processes that come to share pages while one is read after the other have them counted twice. So they are
+        stopped, and read once more; without an overrun they go on."""
+        stop_descendants(self._runner_pid, self.skip)
+        overrun = self._read_exactly()
+        if overrun is None:
+            signal_descendants(self._runner_pid, signal.SIGCONT, self.skip)
         return overrun
 
     def _delay(self, used: int) -> float:
@@ -261,7 +286,9 @@ class MemoryMonitor:
         return sum(member.total for member in self._members.values())
 
     def _floor(self) -> int:
-        return sum(member.certain for member in self._members.values())
+        """Of shared memory only the largest share is certain: others may have mapped the same since."""
+        members = self._members.values()
+        return sum(member.certain for member in members) + max((member.certain_shared for member in members), default=0)
 
     def _estimate(self, ceiling: int) -> int:
         return min(ceiling, (self._exact or 0) + sum(member.growth for member in self._members.values()))
@@ -297,6 +324,9 @@ class MemoryMonitor:
         self._exact_ceiling = self._ceiling()
         pids = sorted(self._members, key=lambda pid: self._members[pid].total, reverse=True)
         usages = tree_usage(self._runner_pid, pids=pids, enough=self.limit)
+        if len(pids) > 1 and _charged(usages) <= self.limit:
+            # Whose pages are being mapped by others just now are counted twice, in one order more than in the other.
+            usages = min(usages, tree_usage(self._runner_pid, pids=pids[::-1]), key=_charged)
         for pid, member in self._members.items():
             usage = usages.get(pid)
             shared_before = member.shared
@@ -335,6 +365,10 @@ class MemoryMonitor:
             shared = max((member.shared for member in self._members.values()), default=0)
             self._estimated_peak = max(self._estimated_peak, min(ceiling, grown + shared))
         self._history.add(max(0.0, now - self._started), self.used)
+
+
+def _charged(usages: Mapping[int, ProcessUsage]) -> int:
+    return sum(usage.charged for usage in usages.values())
 
 
 class _History:

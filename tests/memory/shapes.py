@@ -155,6 +155,25 @@ def forks_that_share(mb: int, count: int) -> None:
     hold()
 
 
+def forks_that_map(mb: int, count: int) -> None:
+    """Shared memory that more and more processes map, a page at a time: none of it is new."""
+    shared = mmap.mmap(-1, mb * MB)  # shared and anonymous
+    touch(memoryview(shared), 0, mb * MB)
+    view = memoryview(shared)
+
+    def read() -> None:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                for offset in range(0, mb * MB, PAGE):
+                    view[offset]
+                os._exit(0)
+            os.waitpid(child, 0)
+
+    each_of(count, read)
+    hold()
+
+
 def forks_that_write(mb: int, count: int) -> None:
     """They begin by sharing and end with a copy each."""
     taken = filled(mb)

@@ -77,6 +77,7 @@ def test_a_job_that_crosses_its_limit_is_reported(
         (("grow_to", 95), 100, 95),
         (("shared_mapping_of_many", 60, 4), 100, 66),
         (("forks_that_share", 200, 4), 300, 205),
+        (("forks_that_map", 200, 4), 230, None),
         (("starts_programs", 120, 150), 160, 122),
         (("children", 20, 3), 128, None),
     ],
