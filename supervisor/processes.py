@@ -121,6 +121,14 @@ def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def run_before_others() -> None:
+    """This process, but nothing that it forks, gets the processor when it wants it: jobs must not starve who watches
+    them. Has no effect without the privilege, or where the operator chose a priority for all of it."""
+    if _LINUX and os.getpriority(os.PRIO_PROCESS, 0) == 0 and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+
+
 def die_with_parent(parent_pid: int, sig: int) -> None:
     """To be called first in a new child: the kernel sends it `sig` when its parent ends.
 

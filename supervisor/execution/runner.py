@@ -50,6 +50,7 @@ from supervisor.processes import (
     has_pending_signal,
     kill_descendants,
     process_stat,
+    run_before_others,
     set_oom_score_adj,
     signal_descendants,
 )
@@ -136,6 +137,7 @@ class Runner:
         """Runs jobs until the worker or the supervisor goes away. Returns in the runner with None, and in every
         job process that was forked with what it has to run: user code must not sit on top of this loop."""
         become_subreaper()
+        run_before_others()
         signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -407,8 +409,10 @@ class Runner:
         used_mb = max(-(-overrun.used // MB), attempt.run.limit_mb + 1)
         attempt.error = f"used {used_mb} MB of the {attempt.run.limit_mb} MB in required_memory"
         attempt.story += [
-            f"memory: {share.bytes / MB:.0f} MB in process {share.pid} ({share.command})" for share in overrun.processes
+            f"memory: {share.bytes / MB:.1f} MB in process {share.pid} ({share.command})" for share in overrun.processes
         ]
+        if overrun.count > len(overrun.processes):
+            attempt.story.append(f"memory: and {overrun.count - len(overrun.processes)} more processes")
         self._dump_traceback(attempt)
         self._kill(attempt, Ending.MEMORY_EXCEEDED, now)
 
