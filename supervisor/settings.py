@@ -203,8 +203,10 @@ def _lower_first(text: str) -> str:
 
 
 _CREDENTIALS = re.compile(r"(mongodb(?:\+srv)?://)\S[^\n]*@(?=[^@\s]*)")
-_SECRET_OPTIONS = re.compile(r"([?&;][A-Za-z]*(?:password|secret|token)[A-Za-z]*=)[^&\s]*", re.IGNORECASE)
-"""Options such as tlsCertificateKeyFilePassword."""
+_SECRET_OPTIONS = re.compile(
+    r"([?&;]\w*(?:password|passphrase|secret|token|credential|mechanismproperties)\w*=)[^&\s]*", re.IGNORECASE
+)
+"""Options such as tlsCertificateKeyFilePassword, and authMechanismProperties, which may hold the token of a session."""
 
 
 def masked(text: str) -> str:

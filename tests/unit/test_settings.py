@@ -107,3 +107,19 @@ def test_typing_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_secrets_are_masked(uri: str) -> None:
     assert "sec" not in masked(uri)
     assert "***@" in masked(uri)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "authMechanismProperties=AWS_SESSION_TOKEN:S3cret",
+        "authmechanismproperties=AWS_SESSION_TOKEN:S3cret,SERVICE_NAME:S3cret",
+        "tlsCertificateKeyFilePassword=S3cret",
+        "ssl_pem_passphrase=S3cret",
+        "proxyPassword=S3cret",
+    ],
+)
+def test_secret_options_are_masked(option: str) -> None:
+    name = option.partition("=")[0]
+    assert masked(f"at mongodb://host/?w=1&{option}&tls=true now") == f"at mongodb://host/?w=1&{name}=***&tls=true now"
+    assert masked(f"mongodb://host/?{option}") == f"mongodb://host/?{name}=***"
