@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ from pymongo.errors import BulkWriteError, ConnectionFailure, InvalidURI, Operat
 from pymongo.errors import (
     ConfigurationError as DriverConfigurationError,
 )
+from pymongo.uri_parser import split_options
 
 from supervisor.errors import ConfigurationError, StoreUnavailable
 from supervisor.settings import masked
@@ -18,6 +21,7 @@ from supervisor.settings import masked
 Document = dict[str, Any]
 
 _TIMEOUTS = " (configured timeouts: socketTimeoutMS: 10000.0ms, connectTimeoutMS: 10000.0ms)"
+_MUST_BE_ENCODED = "user and password must be percent-encoded (/ is %2F, ? is %3F, @ is %40)"
 _AUTHENTICATION_CODES = {13, 18}
 _PASSING_CODES = {
     6, 7, 50, 64, 89, 91, 112, 134, 175, 189, 202, 262, 317, 9001, 10107, 11600, 11602, 13388, 13435, 13436,
@@ -32,12 +36,24 @@ _FIRST_ASSERTION_CODE = 14_000
 def connect(uri: str, *, app: str, selection_timeout_seconds: float = 30.0) -> MongoClient[Document]:
     """A client whose writes are acknowledged by a majority, and whose dates are aware of UTC. Connects lazily.
 
-    Raises `ConfigurationError` for a connection string that cannot be read.
+    Raises `ConfigurationError` for a connection string that cannot be read, and `StoreUnavailable` where the name of
+    a `mongodb+srv://` one cannot be resolved.
     """
     if "@" in uri.partition("://")[2].partition("?")[0].partition("/")[2]:
         # The driver would take a part of the password for a host, and say its name.
-        raise ConfigurationError("user and password must be percent-encoded (/ is %2F, @ is %40)", setting="MONGO_URI")
+        raise ConfigurationError(_MUST_BE_ENCODED, setting="MONGO_URI")
     try:
+        _check_options(uri)
+        return _client(uri, app, selection_timeout_seconds)
+    except (InvalidURI, DriverConfigurationError, ValueError, TypeError, OSError) as error:  # OSError: a file of TLS
+        if _is_about_names(error):
+            raise StoreUnavailable(f"MongoDB at {masked(uri)} cannot be reached: {masked(str(error))}") from error
+        raise ConfigurationError(masked(str(error)), setting="MONGO_URI") from None
+
+
+def _client(uri: str, app: str, selection_timeout_seconds: float) -> MongoClient[Document]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about options: `_check_options` has raised what matters
         return MongoClient(
             uri,
             appname=f"mongo-job-supervisor {app}",
@@ -52,8 +68,40 @@ def connect(uri: str, *, app: str, selection_timeout_seconds: float = 30.0) -> M
             connectTimeoutMS=10_000,
             maxIdleTimeMS=600_000,
         )
-    except (InvalidURI, DriverConfigurationError, ValueError, TypeError, OSError) as error:  # OSError: a file of TLS
-        raise ConfigurationError(masked(str(error)), setting="MONGO_URI") from None
+
+
+def _check_options(uri: str) -> None:
+    """Raises `ConfigurationError` for an option that the driver would ignore, with a warning on stderr."""
+    options = uri.partition("?")[2]
+    for option in re.split("[&;]", options):
+        if problem := _problem_of(option):
+            if "@" in options:  # what looks like an option is a part of the password
+                raise ConfigurationError(_MUST_BE_ENCODED, setting="MONGO_URI")
+            raise ConfigurationError(masked(f"option {option.partition('=')[0]}: {problem}"), setting="MONGO_URI")
+    if problem := _problem_of(options):  # such as one that is there twice
+        raise ConfigurationError(masked(problem), setting="MONGO_URI")
+
+
+def _problem_of(options: str) -> str | None:
+    if not options:
+        return None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            split_options(options, validate=True, warn=False)
+        except (InvalidURI, DriverConfigurationError, ValueError, TypeError) as error:
+            return "there is no such option" if str(error).startswith("Unknown option") else str(error)
+    found = [str(each.message) for each in said if issubclass(each.category, UserWarning)]
+    # A compressor that is not installed is a wish that the driver does without.
+    return next((text for text in found if not ("compression" in text and "not available" in text)), None)
+
+
+def _is_about_names(error: Exception) -> bool:
+    """Whether the driver, which says `ConfigurationError`, got no answer from DNS, or the answer that there is none."""
+    from dns.exception import DNSException, FormError, SyntaxError
+
+    cause = error.__cause__ or error.__context__
+    return isinstance(cause, DNSException) and not isinstance(cause, FormError | SyntaxError)
 
 
 def is_passing(error: PyMongoError) -> bool:

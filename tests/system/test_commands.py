@@ -120,6 +120,50 @@ def test_says_that_mongodb_cannot_be_reached(command: Commands, arguments: list[
     assert answer.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["jobs", "list"], ["status"], ["supervisor.producer", "submit", "job.py"]],
+    ids=lambda value: " ".join(value),
+)
+def test_a_name_that_dns_does_not_know_is_no_wrong_setting(command: Commands, arguments: list[str]) -> None:
+    module = arguments.pop(0) if "." in arguments[0] else "supervisor"
+    unknown = {"SUPERVISOR_MONGO_URI": "mongodb+srv://bob:secret@nohost.invalid/"}
+    answer = command(*arguments, module=module, environment=unknown)
+    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert (answer.code, len(errors)) == (3, 1), answer.err
+    assert "MongoDB at mongodb+srv://***@nohost.invalid/ cannot be reached" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("mongodb://127.0.0.1:1/?nonsense=x", "option nonsense: there is no such option"),
+        ("mongodb://127.0.0.1:1/?w=1&readPreference=x", "option readPreference: Not a valid read preference"),
+        ("mongodb://127.0.0.1:1/?maxPoolSize=many", "option maxPoolSize: The value"),
+        ("mongodb://127.0.0.1:1/?tls=true&tls=false", "Duplicate URI option"),
+        ("mongodb://127.0.0.1:1/?compressors=zipp", "option compressors: Unsupported compressor"),
+        ("mongodb://bob:hid?den=x@127.0.0.1:1/", "user and password must be percent-encoded"),
+        ("mongodb+srv://bob:hidden@a..invalid/", ""),
+        ("mongodb+srv://bob:hidden@host.invalid:27017/", "port"),
+        ("mongodb+srv://bob:hidden@host.invalid/?nonsense=x", "option nonsense"),
+    ],
+)
+def test_an_address_with_a_mistake_is_one_line_that_names_the_setting(command: Commands, uri: str, words: str) -> None:
+    for arguments in (["jobs", "list"], ["run"]):
+        answer = command(*arguments, environment={"SUPERVISOR_MONGO_URI": uri})
+        assert answer.code == 2, answer.err
+        assert answer.err.startswith("error: SUPERVISOR_MONGO_URI: ")
+        assert words in answer.err
+        assert answer.err.count("\n") == 1, "the driver's warnings are not shown, too"
+        assert "hid" not in answer.err
+
+
+def test_a_compressor_that_is_not_installed_is_no_error(command: Commands, mongo_uri: str) -> None:
+    wished = f"{mongo_uri}{'&' if '?' in mongo_uri else '?'}compressors=snappy,zstd,zlib"
+    answer = command("jobs", "list", "--json", environment={"SUPERVISOR_MONGO_URI": wished})
+    assert (answer.code, answer.err) == (0, "")
+
+
 def test_names_the_setting_that_is_wrong(command: Commands) -> None:
     answer = command("status", environment={"SUPERVISOR_WORKERS": "many"})
     assert answer.code == 2
