@@ -740,10 +740,12 @@ class Supervisor:
         self._jobs_stopped = True
 
     def add_worker(self) -> None:
+        """One worker more, until a reload goes back to the setting."""
         self._pool.desired += 1
         self._log.info("resized", workers=self._pool.desired)
 
     def remove_worker(self) -> None:
+        """One worker fewer, but never none, once it has no job; until a reload goes back to the setting."""
         self._pool.desired = max(1, self._pool.desired - 1)
         self._log.info("resized", workers=self._pool.desired)
 

@@ -94,6 +94,15 @@ def test_the_tables_hold_everything() -> None:
         assert options == set(parser._option_string_actions) - {"-h", "--help"}, prog
 
 
+def test_no_generated_description_is_empty() -> None:
+    for title, column in (("Settings", 2), ("Signals", 1), ("Metrics", 3)):
+        table = rows(section(REFERENCE_TEXT, title))
+        assert [row[0] for row in table if not row[column]] == [], title
+    documented = section(REFERENCE_TEXT, "Commands")
+    assert [row[0] for row in rows(documented) if not row[1]] == []
+    assert re.findall(r"^\*\*`.*`\*\*:? *$", documented, re.MULTILINE) == []
+
+
 # -- names that stand in prose
 
 
