@@ -67,7 +67,24 @@ def test_the_unit_waits_as_long_as_a_drain_takes() -> None:
     assert unit_values("Type") == ["notify"]
 
 
-def test_so_do_the_containers() -> None:
+def test_the_unit_is_started_again_for_ever_but_not_with_wrong_settings() -> None:
+    """A MongoDB that is away at boot ends every start with exit code 3."""
+    assert unit_values("StartLimitIntervalSec") == ["0"]
+    assert unit_values("StartLimitBurst") == []
+    assert (unit_values("Restart"), unit_values("RestartPreventExitStatus")) == (["on-failure"], ["2"])
+    (pause,) = unit_values("RestartSec")
+    assert 1 <= int(pause) <= 30
+    assert f"restart after {pause} seconds" in (DEPLOY / "systemd/README.md").read_text()
+
+
+def test_so_are_the_containers() -> None:
+    services = yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())["services"]
+    assert {service.get("restart") for service in services.values()} == {"unless-stopped"}
+    pod = manifest("daemonset")["spec"]["template"]["spec"]
+    assert pod.get("restartPolicy", "Always") == "Always"
+
+
+def test_the_containers_have_time_to_drain() -> None:
     services = yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())["services"]
     graces = {name: service.get("stop_grace_period") for name, service in services.items() if "supervisor" in name}
     assert graces == {"supervisor-1": f"{STOP_SECONDS:.0f}s", "supervisor-2": f"{STOP_SECONDS:.0f}s"}

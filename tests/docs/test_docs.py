@@ -15,7 +15,8 @@ import pytest
 from supervisor import producer
 from supervisor.attempt import Attempt
 from supervisor.cli import main as commands
-from supervisor.errors import SupervisorError
+from supervisor.cli.run import START_SECONDS
+from supervisor.errors import StoreUnavailable, SupervisorError
 from supervisor.job import JobSpec, Outcome, Verdict
 from supervisor.metrics import INSTRUMENTS
 from supervisor.settings import PREFIX, Settings
@@ -101,6 +102,14 @@ def test_no_generated_description_is_empty() -> None:
     documented = section(REFERENCE_TEXT, "Commands")
     assert [row[0] for row in rows(documented) if not row[1]] == []
     assert re.findall(r"^\*\*`.*`\*\*:? *$", documented, re.MULTILINE) == []
+
+
+def test_the_exit_code_of_a_supervisor_without_mongodb_is_documented() -> None:
+    text = section(REFERENCE_TEXT, "Exit codes")
+    supervisors = {row[0]: row[2] for row in rows(text)}
+    assert "MongoDB cannot be reached" in supervisors[str(StoreUnavailable.exit_code)]
+    assert f"ends with code {StoreUnavailable.exit_code} after {START_SECONDS:.0f} seconds" in text
+    assert "starts all the same" not in ALL_TEXT
 
 
 # -- names that stand in prose
