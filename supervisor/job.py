@@ -124,6 +124,12 @@ class JobSpec(BaseModel):
         size = _size(spec.python_args) + _size(f"{name}={value}" for name, value in spec.env.items())
         if size > MAX_ARGUMENTS_BYTES:
             raise InvalidJob("env", f"needs {size} bytes together with python_args, the limit is {MAX_ARGUMENTS_BYTES}")
+        if spec.memory_growth is not None and spec.max_memory is None:
+            raise InvalidJob("max_memory", "is missing: memory_growth goes on up to it")
+        if spec.max_memory is not None and spec.max_memory < spec.required_memory:
+            raise InvalidJob(
+                "max_memory", f"is {spec.max_memory} MB, less than the {spec.required_memory} MB in required_memory"
+            )
         return spec
 
 

@@ -345,9 +345,9 @@ def _add_submit(one: argparse.ArgumentParser) -> None:
         "--memory-growth",
         type=float,
         metavar="FACTOR",
-        help="after a kill for memory: again with so much more",
+        help="after a kill for memory: again with so many times as much; needs --max-memory",
     )
-    add("--max-memory", type=whole, metavar="MB", help="up to this much")
+    add("--max-memory", type=whole, metavar="MB", help="up to this much, at least --memory")
     add(
         "--wait",
         action="store_true",

@@ -115,11 +115,16 @@ def assert_refused(document: Document, field: str, words: str = "") -> None:
         ("start_method", "hot", "'warm' or 'exec'"),
         ("tags", "text", "valid list"),
         ("tags", [5], "valid string"),
+        ("max_memory", 127, "less than the 128 MB in required_memory"),
     ],
     ids=lambda value: str(value)[:24] if not isinstance(value, str) else value[:20].replace("\0", "NUL"),
 )
 def test_a_wrong_field_is_named(shared: Shared, field: str, value: Any, words: str) -> None:
     assert_refused(run(shared, **{field: value}), field, words)
+
+
+def test_growth_without_a_bound_is_refused(shared: Shared) -> None:
+    assert_refused(run(shared, memory_growth=2.0), "max_memory", "missing")
 
 
 # -- the script -----------------------------------------------------------------------------------------------------

@@ -149,6 +149,8 @@ def test_submit_takes_a_script_that_looks_like_an_option(producer: Commands, man
         (["--env", "NOVALUE", "job.py"], "--env"),
         (["--start-method", "cold", "job.py"], "--start-method"),
         (["--memory-growth", "0.5", "job.py"], "memory_growth"),
+        (["--memory-growth", "2", "job.py"], "max_memory: is missing"),
+        (["--memory", "64", "--max-memory", "32", "job.py"], "max_memory: is 32 MB, less than the 64 MB"),
         (["--priority", "99999999999999999999", "job.py"], "priority"),
         ([""], "SCRIPT"),
         (["--"], "SCRIPT"),
@@ -254,6 +256,7 @@ BAD = [
     {"python_path": "c.py", "colour": "red"},
     {"python_path": "d.py", "self": 1},
     {"python_path": "e.py", "python_args": ["\u0000"]},
+    {"python_path": "e.py", "memory_growth": 2},
     {"python_path": "f.py"},
 ]
 
@@ -261,7 +264,7 @@ BAD = [
 def test_names_every_line_that_is_wrong(producer: Commands, manager: JobManager) -> None:
     write(producer, "jobs.jsonl", *BAD)
     answer = producer.producer("import", "jobs.jsonl")
-    assert (answer.code, answer.out) == (1, "2 jobs inserted, 5 refused\n")
+    assert (answer.code, answer.out) == (1, "2 jobs inserted, 6 refused\n")
     lines = answer.err.splitlines()
     assert [line.split(": ")[:2] for line in lines] == [
         ["jobs.jsonl:2", "document"],
@@ -269,6 +272,7 @@ def test_names_every_line_that_is_wrong(producer: Commands, manager: JobManager)
         ["jobs.jsonl:4", "colour"],
         ["jobs.jsonl:5", "self"],
         ["jobs.jsonl:6", "python_args.0"],
+        ["jobs.jsonl:7", "max_memory"],
     ]
     assert [job["request_name"] for job in all_jobs(manager)] == ["a.py", "f.py"]
 
@@ -278,7 +282,7 @@ def test_strict_inserts_nothing_if_a_line_is_wrong(producer: Commands, manager: 
     write(producer, "jobs.jsonl", *BAD)
     data = (producer.directory / "jobs.jsonl").read_bytes() if name == "-" else b""
     answer = producer.producer("import", name, "--strict", stdin=data)
-    assert (answer.code, answer.out) == (1, "0 jobs inserted, 5 refused: nothing was inserted (--strict)\n")
+    assert (answer.code, answer.out) == (1, "0 jobs inserted, 6 refused: nothing was inserted (--strict)\n")
     assert all_jobs(manager) == []
     write(producer, "jobs.jsonl", BAD[0], BAD[-1])
     data = (producer.directory / "jobs.jsonl").read_bytes() if name == "-" else b""

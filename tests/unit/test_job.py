@@ -78,6 +78,9 @@ def test_what_other_clients_write_is_understood(field: str, given: Any, taken: A
         ({"timeout": float("inf")}, "timeout"),
         ({"timeout": True}, "timeout"),
         ({"start_method": "WARM"}, "start_method"),
+        ({"memory_growth": 2.0}, "max_memory"),
+        ({"max_memory": DEFAULT_MEMORY_MB - 1}, "max_memory"),
+        ({"memory_growth": 2.0, "required_memory": 64, "max_memory": 63}, "max_memory"),
     ],
 )
 def test_the_first_wrong_field_is_named(fields: dict[str, Any], field: str) -> None:
