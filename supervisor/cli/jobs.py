@@ -115,7 +115,7 @@ def _details(job: Document) -> list[tuple[str, str]]:
             continue
         if isinstance(value, datetime):
             shown.append((name, f"{render.when(value)} UTC"))
-        elif name in ("required_memory", "peak_memory", "max_memory"):
+        elif name in ("required_memory", "declared_memory", "peak_memory", "max_memory"):
             shown.append((name, f"{value} MB"))
         elif name in ("timeout", "retry_delay"):
             shown.append((name, f"{value} s"))

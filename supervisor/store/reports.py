@@ -235,7 +235,10 @@ class Reports:
             condition["python_path"] = script
         elif containing is not None:
             condition["python_path"] = {"$regex": re.escape(containing)}
-        run = {"peak": "$peak_memory", "declared": "$required_memory", "status": "$status", "reason": "$reason"}
+        run = {
+            "peak": "$peak_memory", "limit": "$required_memory", "declared": "$declared_memory",
+            "kills": "$memory_kills", "status": "$status", "reason": "$reason",
+        }  # fmt: skip
         newest = {"$topN": {"n": runs, "sortBy": {"created_at": -1}, "output": run}}
         stages: list[Document] = [
             {"$match": {"status": {"$in": ended}}},
@@ -296,11 +299,18 @@ def _hint(name: str | None) -> Document:
 
 
 def _run(row: Document) -> Run:
-    declared = row.get("declared")
-    usable = isinstance(declared, int | float) and math.isfinite(declared)
+    limit = _number(row.get("limit")) or DEFAULT_MEMORY_MB
+    killed = row.get("reason") == Reason.MEMORY_EXCEEDED.value
     return Run(
-        declared=int(declared) if usable and declared else DEFAULT_MEMORY_MB,
+        declared=_number(row.get("declared")) or limit,
+        limit=limit,
         peak=int(row["peak"]),
         completed=row.get("status") == Status.COMPLETED.value,
-        killed=row.get("reason") == Reason.MEMORY_EXCEEDED.value,
+        killed=killed,
+        kills=max(_number(row.get("kills")), int(killed)),
     )
+
+
+def _number(value: Any) -> int:
+    """0 for whatever another program wrote that is none."""
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0

@@ -17,12 +17,19 @@ STEP_MB = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One finished run, in MB."""
+    """One finished job, in MB."""
 
     declared: int
+    """By its producer."""
+    limit: int
+    """Of its last attempt: more than it declared where it has grown."""
     peak: int
+    """Of its last attempt."""
     completed: bool
     killed: bool
+    """Its last attempt was killed for its memory."""
+    kills: int
+    """How many of its attempts were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +40,7 @@ class ScriptMemory:
     runs: int
     completed: int
     killed: int
+    """Attempts that were killed for their memory, those included that growth or another attempt made good."""
     declared: int
     """By the newest run."""
     p50: int
@@ -52,15 +60,15 @@ def script_memory(script: str, runs: Sequence[Run]) -> ScriptMemory | None:
         return None
     peaks = sorted(run.peak for run in runs)
     completed = [run for run in runs if run.completed]
-    reserved = sum(run.declared for run in completed)
-    used = sum(min(run.peak, run.declared) for run in completed)
+    reserved = sum(run.limit for run in completed)
+    used = sum(min(run.peak, run.limit) for run in completed)
     recommended, reason = recommend(runs)
     declared = runs[0].declared
     return ScriptMemory(
         script=script,
         runs=len(runs),
         completed=len(completed),
-        killed=sum(run.killed for run in runs),
+        killed=sum(run.kills for run in runs),
         declared=declared,
         p50=_percentile(peaks, 0.50),
         p95=_percentile(peaks, 0.95),
@@ -75,7 +83,7 @@ def script_memory(script: str, runs: Sequence[Run]) -> ScriptMemory | None:
 def recommend(runs: Sequence[Run]) -> tuple[int | None, str]:
     """What to declare in MB, or None, and why."""
     peaks = [run.peak for run in runs if run.completed]
-    broken = max((run.declared for run in runs if run.killed), default=0)
+    broken = max((run.limit for run in runs if run.killed), default=0)
     enough = _step(max(peaks, default=0) * HEADROOM)
     if broken >= enough:
         reason = f"a run was killed at {broken} MB, so that its need is unknown: half as much again"

@@ -13,7 +13,7 @@ from typing import Any
 
 from bson import MinKey
 
-from supervisor.job import MAX_LOSSES, Outcome, Verdict
+from supervisor.job import DEFAULT_MEMORY_MB, MAX_LOSSES, Outcome, Verdict
 from supervisor.states import Reason, Status
 
 Document = dict[str, Any]
@@ -221,8 +221,13 @@ def finish(
         fields[verdict.counter] = add_one(verdict.counter)
     if verdict.retry_after_seconds is not None:
         fields["scheduled_date"] = {"$add": ["$$NOW", round(verdict.retry_after_seconds * 1000)]}
+    if outcome.reason is Reason.MEMORY_EXCEEDED:
+        fields["memory_kills"] = add_one("memory_kills")
     if verdict.required_memory is not None:
         fields["required_memory"] = verdict.required_memory
+        fields["declared_memory"] = {
+            "$ifNull": ["$declared_memory", {"$ifNull": ["$required_memory", DEFAULT_MEMORY_MB]}]
+        }
     return Move(held(job_id, token), [*_finished(fields), {"$unset": _REMOVED_WITH_THE_LOCK}])
 
 

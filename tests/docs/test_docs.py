@@ -148,7 +148,7 @@ def test_every_event_that_is_explained_is_logged() -> None:
 def written_fields() -> set[str]:
     """Every field that a status move writes."""
     owner = transitions.Owner(supervisor_id="s", host="h", worker_pid=1, worker="s/1")
-    outcome = Outcome(reason=Reason.TIMEOUT, error="e", exit_code=1, peak_memory_mb=1)
+    outcome = Outcome(reason=Reason.MEMORY_EXCEEDED, error="e", exit_code=1, peak_memory_mb=1)
     verdict = Verdict(status=Status.PENDING, counter="failures", retry_after_seconds=1.0, required_memory=1)
     counted = [Verdict(status=Status.PENDING, counter=counter) for counter in ("interruptions", "losses")]
     finishes = [

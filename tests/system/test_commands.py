@@ -544,6 +544,28 @@ def test_recommends_memory(command: Commands, manager: JobManager) -> None:
     assert table[1].startswith("/tasks/hog.py")
 
 
+def test_growth_hides_no_kill_and_not_what_was_declared(command: Commands, manager: JobManager) -> None:
+    job_id = manager.create_job("job", "/tasks/job.py", required_memory=64, memory_growth=2.0, max_memory=256)
+    for grown in (128, 256):
+        again = Verdict(status=Status.PENDING, retry_after_seconds=0.0, required_memory=grown)
+        finish(manager, *claimed(manager), (KILLED[0], again))
+    finish(manager, *claimed(manager), (Outcome(exit_code=0, peak_memory_mb=200), Verdict(status=Status.COMPLETED)))
+    (found,) = command("jobs", "memory", "--json").documents
+    assert (found["runs"], found["killed"], found["declared"], found["max"]) == (1, 2, 64, 200)
+    shown = command("jobs", "show", job_id).out
+    for name, value in (("required_memory", "256 MB"), ("declared_memory", "64 MB"), ("memory_kills", "2")):
+        assert re.search(rf"^{name} +{value}$", shown, re.MULTILINE), name
+
+
+def test_a_kill_that_another_attempt_made_good_counts(command: Commands, manager: JobManager) -> None:
+    manager.create_job("job", "/tasks/job.py", required_memory=64, max_attempts=2)
+    again = Verdict(status=Status.PENDING, counter="failures", retry_after_seconds=0.0)
+    finish(manager, *claimed(manager), (KILLED[0], again))
+    finish(manager, *claimed(manager), COMPLETED)
+    (found,) = command("jobs", "memory", "--json").documents
+    assert (found["completed"], found["killed"], found["declared"]) == (1, 1, 64)
+
+
 def test_shows_everything_at_a_glance(command: Commands, manager: JobManager) -> None:
     running = manager.create_job("running", "/tasks/job.py", required_memory=200)
     claimed(manager)

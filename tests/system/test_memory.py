@@ -149,3 +149,4 @@ def test_growing_memory_on_request(shared: Shared) -> None:
     document = shared.jobs.wait(job_id)
     assert document["status"] == "completed", document["error"]
     assert (document["attempts"], document["required_memory"]) == (3, 256)
+    assert (document["declared_memory"], document["memory_kills"]) == (64, 2)
