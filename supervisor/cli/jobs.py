@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ Document = Mapping[str, Any]
 
 FIRST_LOOK_SECONDS = 0.05
 LAST_LOOK_SECONDS = 1.0
+MAX_POINTS = 8
+"""Of the memory that a job used over time."""
 
 
 def chosen_jobs(options: argparse.Namespace) -> JobFilter:
@@ -123,6 +126,8 @@ def _details(job: Document) -> list[tuple[str, str]]:
             shown.append((name, ", ".join(map(str, value))))
         else:
             shown.append((name, str(value)))
+    for label, text in zip(("memory_samples", *[""] * MAX_POINTS), growth(job.get("memory_samples")), strict=False):
+        shown.append((label, text))
     if isinstance(job.get("env"), Mapping) and job["env"]:  # names only: values may be secrets
         shown.append(("env", ", ".join(map(str, job["env"])) + "  (values: --json)"))
     lock = job.get("lock")
@@ -135,6 +140,30 @@ def _details(job: Document) -> list[tuple[str, str]]:
             )
         )
     return shown
+
+
+def growth(samples: Any, room: int = 60) -> list[str]:
+    """How a job's memory changed over time, in lines of `room` characters: some samples, the highest one among them."""
+    known = [
+        (float(each[0]), float(each[1]))
+        for each in _listed(samples)
+        if isinstance(each, list) and len(each) == 2 and all(isinstance(value, int | float) for value in each)
+    ]
+    known = [(seconds, megabytes) for seconds, megabytes in known if math.isfinite(seconds + megabytes)]
+    if not known:
+        return []
+    steps = MAX_POINTS - 2
+    chosen = {round(step * (len(known) - 1) / steps) for step in range(steps + 1)}
+    chosen.add(max(range(len(known)), key=lambda at: known[at][1]))
+    lines = [""]
+    for at in sorted(chosen):
+        point = f"{render.span(known[at][0])} {known[at][1]:.0f} MB"
+        arrow = " → " if lines[-1] else ""
+        if len(lines[-1]) + len(arrow) + len(point) > room:
+            lines.append(f"→ {point}")
+        else:
+            lines[-1] += arrow + point
+    return lines
 
 
 def _listed(value: Any) -> list[Any]:

@@ -310,6 +310,24 @@ def test_shows_a_job_on_one_page(command: Commands, manager: JobManager) -> None
     assert len(document["logs"]) == 3
 
 
+def test_shows_how_the_memory_of_a_job_grew(command: Commands, manager: JobManager) -> None:
+    job_id = ended_job(manager)
+
+    def shown(samples: Any) -> list[str]:
+        manager.jobs.collection.update_one({}, {"$set": {"memory_samples": samples}})
+        lines = command("jobs", "show", job_id).out.splitlines()
+        (first,) = [at for at, line in enumerate(lines) if line.startswith("memory_samples")] or [len(lines)]
+        return [line for line in lines[first : first + 3] if line.startswith(("memory_samples", " " * 18))]
+
+    assert shown([[0.1, 12], [0.52, 40], [1.2, 97]]) == ["memory_samples    100 ms 12 MB → 520 ms 40 MB → 1.2 s 97 MB"]
+    many = shown([[second, 1000 + second] for second in range(63)] + [[63.5, 7]])
+    assert max(map(len, many)) <= 80
+    text = " ".join(line[18:] for line in many)
+    assert text.startswith("0 ms 1000 MB → ") and text.endswith("1 min 2 s 1062 MB → 1 min 4 s 7 MB"), "with the peak"
+    assert 5 <= text.count("→") < 8
+    assert shown("much") == shown([[1], "x", [1, "y"], [float("nan"), 3]]) == []
+
+
 def test_survives_documents_of_other_programs(command: Commands, manager: JobManager) -> None:
     manager.jobs.collection.insert_many(
         [
