@@ -340,7 +340,8 @@ def _add_submit(one: argparse.ArgumentParser) -> None:
     add("--cwd", metavar="DIR", help="working directory (default: the supervisor's)")
     add("--tag", action="append", default=[], metavar="TAG", help="may be repeated")
     add("--start-method", choices=["warm", "exec"], help="default: the supervisor's setting")
-    add("--memory-warning", action="store_true", help="send SIGUSR1 once at 90 %% of the limit")
+    add("--memory-warning", action="store_true", help="send SIGUSR1 once at 90 %% of the limit; "
+        "ends a script that has no handler for it")  # fmt: skip
     add(
         "--memory-growth",
         type=float,

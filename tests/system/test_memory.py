@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 
 import psutil
@@ -13,6 +14,7 @@ from tests.support.mongod import MongoServer
 from tests.support.running import REPOSITORY, Document, Jobs, RunningSupervisor, wait_gone
 
 HOG = REPOSITORY / "tasks" / "memory_hog.py"
+REFERENCE = REPOSITORY / "deploy" / "REFERENCE.md"
 MB = 1 << 20
 HOG_WITH_CHILDREN = """
 import os, subprocess, sys, time
@@ -141,6 +143,15 @@ while True:
     finally:
         mongo_server.resume()
     assert_exceeded(jobs.wait(job.id), 80)
+
+
+def test_a_warning_ends_a_job_that_does_not_expect_it(shared: Shared) -> None:
+    """As the reference says: SIGUSR1 without a handler."""
+    job_id = shared.jobs.submit(HOG, "--mb", 122, "--hold", 30, required_memory=128, memory_warning=True)
+    document = shared.jobs.wait(job_id)
+    assert (document["status"], document["reason"], document["exit_code"]) == ("failed", "signal", -signal.SIGUSR1)
+    row = next(line for line in REFERENCE.read_text().splitlines() if line.startswith("| `memory_warning`"))
+    assert "`reason: signal`" in row and f"`exit_code: {document['exit_code']}`" in row
 
 
 def test_growing_memory_on_request(shared: Shared) -> None:
