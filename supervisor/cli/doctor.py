@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from supervisor.cli import render
 from supervisor.cli.explain import budget_of, serves
 from supervisor.errors import ConfigurationError, StoreUnavailable
+from supervisor.store.schema import UNIQUE_INDEX
 
 if TYPE_CHECKING:
     from supervisor.manager import JobManager
@@ -198,12 +199,23 @@ def check_server(manager: JobManager, settings: Settings) -> Iterator[Finding]:
         message = f"it is no replica set: new jobs are found by polling, every {settings.poll_interval:g} s"
         yield Finding("WARN", "change streams", message, "make it a replica set (one member is enough)")
     yield _check_clock(manager)
+    yield _check_indexes(manager)
+
+
+def _check_indexes(manager: JobManager) -> Finding:
     missing = manager.reports.missing_indexes()
-    if missing:
-        advice = "they are made when a supervisor starts or JobManager.create_job is called"
-        yield Finding("FAIL", "indexes", f"missing: {', '.join(missing)}", advice)
-    else:
-        yield Finding("OK", "indexes", "nothing is missing")
+    if not missing:
+        return Finding("OK", "indexes", "nothing is missing")
+    message = f"missing: {', '.join(missing)}"
+    shared = manager.reports.shared_unique_keys() if UNIQUE_INDEX in missing else {}
+    if not shared:
+        return Finding(
+            "FAIL", "indexes", message, "they are made when a supervisor starts or JobManager.create_job is called"
+        )
+    keys = ", ".join(f"{key!r} ({count})" for key, count in list(shared.items())[:3])
+    message += f"; it cannot be made while pending and running jobs share a unique_key: {keys}"
+    advice = "cancel all but one of each key; a running supervisor keeps one and fails the others that are pending"
+    return Finding("FAIL", "indexes", message, advice)
 
 
 def _check_clock(manager: JobManager) -> Finding:

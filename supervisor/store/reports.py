@@ -259,6 +259,12 @@ class Reports:
                 return []
             return schema.missing_indexes(self._collection.database, self._collection.name)
 
+    def shared_unique_keys(self) -> dict[str, int]:
+        """How many live jobs share each unique key, while its index is missing."""
+        stages = [*transitions.SHARED_UNIQUE_KEYS, {"$limit": 20}]
+        with self._jobs.operation("count"):
+            return {str(row["_id"]): len(row["ids"]) for row in self._collection.aggregate(stages, allowDiskUse=True)}
+
     def unknown_statuses(self) -> dict[str, int]:
         """Documents whose status is none of ours, by status."""
         known = [status.value for status in Status]

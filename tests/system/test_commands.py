@@ -658,6 +658,20 @@ def test_finds_what_is_wrong_with_the_jobs(command: Commands, manager: JobManage
     assert all(finding["advice"] for finding in found.values() if finding["level"] != "OK")
 
 
+def test_finds_why_the_index_of_unique_keys_is_missing(command: Commands, manager: JobManager) -> None:
+    manager.create_job("first", "/tasks/job.py", unique_key="nightly")
+    manager.jobs.collection.drop_index("unique_key")
+    code, found = findings(command)
+    assert (code, found["indexes"]["message"]) == (1, "missing: unique_key")
+    assert "when a supervisor starts" in found["indexes"]["advice"]
+    manager.jobs.collection.insert_one(_document("second", unique_key="nightly"))
+    manager.jobs.ensure_indexes()
+    code, found = findings(command)
+    assert (code, found["indexes"]["level"]) == (1, "FAIL")
+    assert "share a unique_key: 'nightly' (2)" in found["indexes"]["message"]
+    assert "cancel all but one" in found["indexes"]["advice"]
+
+
 def test_finds_running_jobs_that_other_programs_left(command: Commands, manager: JobManager) -> None:
     old = datetime.now(UTC) - timedelta(hours=2)
     key = manager.jobs.collection.insert_one({"status": "running", "updated_at": old}).inserted_id
