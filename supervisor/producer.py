@@ -73,7 +73,10 @@ def demo_script() -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise SupervisorError(f"there is no tasks/{DEMO_SCRIPT} here: run this in a checkout of the repository")
+    raise SupervisorError(
+        f"there is no tasks/{DEMO_SCRIPT} in {Path.cwd()}: run the demo in a checkout of the repository, which has it, "
+        "or submit a script of your own: python -m supervisor.producer submit SCRIPT"
+    )
 
 
 def _say_created(job_id: str, name: str, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from supervisor.producer import DEMO_SCRIPT
 from supervisor.settings import PREFIX, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -160,6 +161,15 @@ def test_what_compose_mounts_is_there() -> None:
         assert set(service.get("depends_on", ())) <= set(compose["services"])
         for port in service.get("ports", ()):
             assert port.startswith("127.0.0.1:"), "nothing here has a password"
+
+
+def test_the_demo_finds_its_script_in_the_containers() -> None:
+    """`supervisor.producer demo` looks in the tasks/ of the working directory."""
+    workdir = re.findall(r"^WORKDIR (\S+)$", (DEPLOY / "docker/Dockerfile").read_text(), re.MULTILINE)[-1]
+    for name, service in yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())["services"].items():
+        if "supervisor" in name:
+            mounted = {target: source for source, target in (each.split(":")[:2] for each in service["volumes"])}
+            assert (DEPLOY / "docker" / mounted[f"{workdir}/tasks"] / DEMO_SCRIPT).is_file(), name
 
 
 def test_what_the_image_copies_is_there_and_not_ignored() -> None:

@@ -73,6 +73,17 @@ def test_demo_prefers_the_tasks_of_the_working_directory(producer: Commands, man
     assert all(job["python_args"][-2:] == ["--seconds", "0.1"] for job in jobs)
 
 
+def test_demo_says_what_to_do_where_there_is_no_checkout(
+    producer: Commands, manager: JobManager, tmp_path: Path
+) -> None:
+    installed = shutil.copytree(CHECKOUT / "supervisor", tmp_path / "installed" / "supervisor")
+    answer = producer.producer("demo", environment={"PYTHONPATH": str(installed.parent)})
+    assert (answer.code, answer.out, answer.err.count("\n")) == (1, "", 1)
+    assert f"error: there is no tasks/sample_task.py in {producer.directory}: run the demo in a checkout" in answer.err
+    assert "python -m supervisor.producer submit SCRIPT" in answer.err
+    assert all_jobs(manager) == []
+
+
 # -- submit -----------------------------------------------------------------------------------------------------------
 
 
