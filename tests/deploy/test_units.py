@@ -50,6 +50,17 @@ def test_systemd_accepts_the_unit(unit: Path) -> None:
 
 
 @needs_systemd_analyze
+def test_of_the_unit_as_shipped_only_its_interpreter_is_missed() -> None:
+    command = ["systemd-analyze", "verify", "--man=no", str(UNIT)]
+    verified = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    mine = [line for line in verified.stderr.splitlines() if UNIT.name in line]
+    assert all("/opt/mongo-job-supervisor/bin/python is not executable" in line for line in mine), mine
+    assert "complains of the unit as shipped that its command is not executable" in " ".join(
+        (DEPLOY / "systemd/README.md").read_text().split()
+    )
+
+
+@needs_systemd_analyze
 def test_the_stated_security_score_is_the_real_one(unit: Path) -> None:
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
     rated = subprocess.run(command, capture_output=True, text=True, timeout=60)
