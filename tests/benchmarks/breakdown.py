@@ -55,7 +55,9 @@ def main(jobs: int = 1000, workers: int = 2, *, preload: str = "") -> None:
         scripts = write_scripts(directory)
         script = scripts.pandas if preload else scripts.no_op
         manager.jobs.ensure_indexes()
-        with running_supervisor(directory, server.uri, DATABASE, workers=workers, preload=preload) as supervisor:
+        with running_supervisor(
+            directory, server.uri, DATABASE, workers=workers, preload=preload, memory_budget=16384
+        ) as supervisor:
             side = MongoSide("supervisor", server, client, [supervisor.pid])
             side.run(script, 100)
             roles = roles_of(supervisor, server.pid)
