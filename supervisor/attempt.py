@@ -21,17 +21,17 @@ MAX_STEP_SECONDS = 1.0
 class ServerClock:
     """MongoDB's clock, as far as claims tell of it: jobs say when they began and ended on one clock for all hosts.
 
-    Each answer names a moment that had passed by then. The latest such moment is the closest; one that lies further
-    off was told by another server.
+    A claim names a moment after it was sent, so what is told here is never early, and late by less than the shortest
+    round trip. A moment that lies further off was told by another server.
     """
 
     def __init__(self) -> None:
         self._offset: float | None = None
 
-    def compare(self, now: float, moment: datetime) -> None:
-        """`moment` on the server's clock was before `now` on ours."""
-        offset = moment.timestamp() - now
-        if self._offset is None or offset > self._offset or self._offset - offset > MAX_STEP_SECONDS:
+    def compare(self, sent: float, moment: datetime) -> None:
+        """`moment` on the server's clock was after `sent` on ours."""
+        offset = moment.timestamp() - sent
+        if self._offset is None or offset < self._offset or offset - self._offset > MAX_STEP_SECONDS:
             self._offset = offset
 
     def milliseconds(self, at: float) -> int:

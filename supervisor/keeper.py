@@ -55,9 +55,8 @@ from supervisor.store.wakeup import BecamePending, CancelAsked, Change, ChangesU
 from supervisor.totals import Totals
 from supervisor.web.server import Health, Readiness
 
-TOTALS_SECONDS = 0.5
-IDLE_TOTALS_SECONDS = 10.0
-"""So often the counters are kept for the next keeper, at a price of 1 ms."""
+TOTALS_SECONDS = 10.0
+"""So often what this process counts by itself is kept for the next one; news of the pool at once, at a price of 1 ms."""
 REGISTER_SECONDS = 10.0
 FIRST_LOOK_SECONDS = 0.1
 BURST_SECONDS = 0.005
@@ -256,7 +255,6 @@ class Keeper:
         self._head_flagged = False
         self._woken_at = self._looked_at = 0.0
         self._registered_at = self._kept_at = 0.0
-        self._counted = False
         self._adopted_at = 0.0
         renew_every = settings.lease_seconds / RENEWALS
         self._lease_thread = DutyThread(
@@ -325,10 +323,9 @@ class Keeper:
             self._registered_at = clock()
             self._lease_thread.hasten("register")
         self._metrics.record(beat)
-        if beat.claimed or beat.finished or beat.operations or beat.restarts:
-            self._counted = True
-        if clock() - self._kept_at > (TOTALS_SECONDS if self._counted else IDLE_TOTALS_SECONDS):
-            self._kept_at, self._counted = clock(), False
+        counted = beat.claimed or beat.finished or beat.operations or beat.restarts
+        if counted or clock() - self._kept_at > TOTALS_SECONDS:
+            self._kept_at = clock()
             self._totals.keep(self._metrics.totals())
         if beat.blocked_mb and not self._head_flagged:
             self._head_flagged = True

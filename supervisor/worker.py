@@ -273,7 +273,8 @@ class Worker:
             return
         self._claiming += 1
         lease = self._settings.lease_seconds
-        deadline = clock() + lease - lease_margin(lease)
+        sent = clock()
+        deadline = sent + lease - lease_margin(lease)
 
         def claimed(answer: Any) -> None:
             self._claiming -= 1
@@ -282,7 +283,7 @@ class Worker:
             elif not answer:
                 self._supervisor.send(NothingDue(claim.grant, self._take_operations()))
             else:
-                self._server_clock.compare(clock(), answer[0]["lock"]["locked_at"])
+                self._server_clock.compare(sent, answer[0]["lock"]["locked_at"])
                 self._take_up([self._attempt(document, claim, deadline) for document in answer], claim)
 
         # What is to wait behind another job has not started, and may have to go back.

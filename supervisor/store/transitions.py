@@ -201,7 +201,7 @@ def finish(
 
     `ran` is when it began and ended, in milliseconds on the server's clock: outcomes are written later, together.
     """
-    began, ended = ({"$toDate": milliseconds} for milliseconds in ran) if ran else ("$started_at", "$$NOW")
+    began, ended = ({"$min": [{"$toDate": at}, "$$NOW"]} for at in ran) if ran else ("$started_at", "$$NOW")
     fields: Document = {
         "status": verdict.status.value,
         "updated_at": "$$NOW",
