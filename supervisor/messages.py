@@ -2,13 +2,16 @@
 
 Facts are in the past tense, orders in the imperative. A channel is a Unix socket that keeps message borders; its end
 closes with its process, so `ChannelClosed` is how a process learns that its peer is dead. File descriptors travel
-with a message. Every message is one small JSON array; one too large for the socket goes through an unlinked file.
+with a message. Every message is one small array, written by marshal: both ends run the same interpreter, and unlike
+JSON it has no code in Python, whose pages a runner would copy after every fork. One too large for the socket goes
+through an unlinked file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import marshal
 import os
 import select
 import socket
@@ -20,6 +23,7 @@ from typing import Any, BinaryIO
 MAX_INLINE_BYTES = 60_000
 """Above this a message travels through a file: a socket's buffer holds 200 KB by default, of many messages."""
 MAX_DESCRIPTORS = 4
+_DESCRIPTORS_SPACE = socket.CMSG_SPACE(MAX_DESCRIPTORS * array("i").itemsize)
 AHEAD_SECONDS = 0.1
 """So much work, at most, is claimed for a slot before it starts; it goes back when the job that runs takes longer."""
 
@@ -181,7 +185,7 @@ class Finished:
 # -- to and from the runner -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     """Run this job. The write ends of its standard output and error travel with the message."""
 
@@ -223,7 +227,7 @@ class Stop:
     now: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ended:
     """The job is over, and no process of it is left. From the runner to its worker."""
 
@@ -407,15 +411,24 @@ def _values(message: Any) -> list[Any]:
 
 
 def encode(message: Message) -> bytes:
-    """One message as JSON; nested messages become arrays of their fields."""
-    return json.dumps([type(message).__name__, *_values(message)], default=_values).encode()
+    """One message; nested messages become arrays of their fields."""
+    kind = type(message)
+    values = _values(message)
+    if kind in _NESTED_AT:
+        for index, _ in _NESTED_AT[kind]:
+            values[index] = [_values(entry) for entry in values[index]]
+    try:
+        return marshal.dumps([kind.__name__, *values])
+    except ValueError:  # a kind of str or int of an enum or of MongoDB's, which JSON takes for what it is
+        return marshal.dumps(json.loads(json.dumps([kind.__name__, *values])))
 
 
 def decode(data: bytes) -> Message:
-    name, *values = json.loads(data)
+    name, *values = marshal.loads(data)
     kind = _TYPES[name]
-    for index, nested in _NESTED_AT.get(kind, ()):
-        values[index] = [nested(*entry) for entry in values[index]]
+    if kind in _NESTED_AT:
+        for index, nested in _NESTED_AT[kind]:
+            values[index] = [nested(*entry) for entry in values[index]]
     message: Message = kind(*values)
     return message
 
@@ -467,11 +480,13 @@ class Channel:
     def receive(self) -> tuple[Message, list[int]]:
         """The next message and its descriptors; blocks; raises `ChannelClosed` at the end."""
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, MAX_INLINE_BYTES + 1, MAX_DESCRIPTORS)
+            data, ancillary, _, _ = self._socket.recvmsg(MAX_INLINE_BYTES + 1, _DESCRIPTORS_SPACE)
         except ConnectionResetError:
             raise ChannelClosed from None
         if not data:
             raise ChannelClosed
+        # What `socket.recv_fds` does, whose code and arrays would be more pages for a runner to copy.
+        descriptors = [number for _, _, sent in ancillary for number in memoryview(sent).cast("i")]
         if data == b"file":
             data = _contents(descriptors.pop())
         return decode(data), descriptors
