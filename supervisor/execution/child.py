@@ -52,7 +52,7 @@ _FORK_HOOKS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Launch:
     """What one job process executes. `path` becomes sys.argv[0]; `env` is complete, or `adds` to the interpreter's."""
 
@@ -96,7 +96,6 @@ class _Warm:
     """What `prepare_warm` has found out, for the children."""
 
     environment: dict[str, str]
-    own_modules: tuple[str, ...] = ()
     title: ProcessTitle | None = None
     seed: NumpySeed | None = None
     libraries: Libraries | None = None
@@ -117,7 +116,6 @@ def prepare_warm() -> None:
     """Makes the forks cheap and exact. Called last before forking, when everything to be shared is loaded."""
     _open_streams_as_on_pipes()
     _Warm.environment = dict(os.environ)
-    _Warm.own_modules = tuple(name for name in sys.modules if name.partition(".")[0] == "supervisor")
     _Warm.title = ProcessTitle.of_this_process(_Warm.environment)
     _Warm.changed_signals = _signals_that_are_changed()
     _Warm.seed = NumpySeed.of_this_process()
@@ -125,6 +123,7 @@ def prepare_warm() -> None:
     if TRACEBACK_SIGNAL > 0:
         faulthandler.register(TRACEBACK_SIGNAL, file=2, all_threads=True)
     _rehearse()
+    forget_ourselves()
     gc.collect()
     gc.freeze()  # a collection in a child then leaves all shared objects alone
 
@@ -142,6 +141,8 @@ def _rehearse() -> None:
                 with contextlib.suppress(AttributeError):  # another version of Python
                     getattr(modules[name], hook)()
         _set_environment(_Warm.environment)
+        _renew_preloaded_state()
+        script.kept(os.devnull)
         warm_up()
 
 
@@ -198,7 +199,8 @@ def before_fork(launch: Launch) -> Launch:
     if launch.run_as is None and os.path.isabs(launch.path):
         script.keep_compiled(launch.path)
     _Warm.title.set([launch.python, launch.path, *launch.args], launch.env, adds=launch.adds)
-    return replace(launch, titled=True)
+    launch.titled = True
+    return launch
 
 
 def after_fork(launch: Launch) -> None:
@@ -301,7 +303,6 @@ def run(launch: Launch) -> NoReturn:
         except OSError as error:
             os.write(2, f"{launch.python}: cannot be executed: {error.strerror}\n".encode())
             os._exit(127)
-    forget_ourselves()
     fork_hooks.register()
     arguments = [launch.python, launch.path, *launch.args]
     if launch.adds:
@@ -328,11 +329,12 @@ def run(launch: Launch) -> NoReturn:
 
 
 def forget_ourselves() -> None:
-    """A job's own `import supervisor` is its own business. Ours live on, unnamed: freeing them would cost."""
-    for name in _Warm.own_modules:
-        module = sys.modules.pop(name, None)
-        if module is not None:
-            _Warm.kept.append(module)
+    """A job's own `import supervisor` is its own business. Ours live on, unnamed: freeing them would cost.
+
+    Once, in the warm interpreter: from here on nothing of ours is imported, neither there nor in a runner.
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] == "supervisor"]:
+        _Warm.kept.append(sys.modules.pop(name))
 
 
 def _add_to_environment(env: dict[str, str]) -> None:

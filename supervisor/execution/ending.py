@@ -259,12 +259,14 @@ def _flush_survivors(namespace_id: int) -> None:
 
 
 def _flush(file: Any) -> None:
-    with contextlib.suppress(BaseException):  # the interpreter, too, says nothing when it frees a file
+    try:
         if file is not None and not file.closed:
             if type(file).__module__ == "_io":
                 file.flush()
             else:
                 file.close()
+    except BaseException:  # the interpreter, too, says nothing when it frees a file
+        pass
 
 
 def _clear(namespace: dict[str, Any]) -> None:
@@ -279,5 +281,6 @@ def rehearse(namespace_id: int) -> None:
     _flush_streams()
     _drop_signal_handlers()
     _imported_names()
+    _flush(sys.stdout)
     gc.collect()
     _flush_survivors(namespace_id)
