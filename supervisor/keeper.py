@@ -56,7 +56,7 @@ from supervisor.totals import Totals
 from supervisor.web.server import Health, Readiness
 
 TOTALS_SECONDS = 10.0
-"""So often what this process counts by itself is kept for the next one; news of the pool at once, at a price of 1 ms."""
+"""So often what this process counts by itself is kept for the next one; news of the pool at once, which takes 1 ms."""
 REGISTER_SECONDS = 10.0
 FIRST_LOOK_SECONDS = 0.1
 BURST_SECONDS = 0.005
