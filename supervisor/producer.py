@@ -14,6 +14,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from supervisor.installation import require_whole
+
+require_whole()  # before anything is imported that may not be there
+
 from supervisor.cli.arguments import Parser, add_json, duration, utc_time, variable, whole
 from supervisor.cli.main import complain, connected, guarded, leave
 from supervisor.errors import InvalidJob, StoreUnavailable, SupervisorError, UsageError

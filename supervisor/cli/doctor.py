@@ -7,7 +7,6 @@ the configuration are shown all the same. Changes nothing.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -17,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from supervisor import installation
 from supervisor.cli import render
 from supervisor.cli.explain import budget_of, serves
 from supervisor.errors import ConfigurationError, StoreUnavailable
@@ -110,31 +110,12 @@ class _Report:
 # -- configuration ----------------------------------------------------------------------------------------------------
 
 
-def conflicting_distribution() -> str | None:
-    """Name and version of the PyPI distribution `supervisor` (supervisord), if it is installed beside this one.
-
-    It installs an import package of the same name: the files of the two overwrite each other.
-    """
-    try:
-        return f"supervisor {importlib.metadata.version('supervisor')}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def conflict_advice() -> str:
-    """What to do about it."""
-    return (
-        "use a virtual environment of its own for one of them, or: "
-        "pip uninstall supervisor && pip install --force-reinstall mongo-job-supervisor"
-    )
-
-
 def _check_distribution() -> Finding:
-    found = conflicting_distribution()
+    found = installation.conflicting_distribution()
     if found is None:
         return Finding("OK", "installation", f"Python {sys.version.split()[0]}, {sys.executable}")
     message = f"the distribution {found} (supervisord) is installed here, too, and overwrites parts of this package"
-    return Finding("FAIL", "installation", message, conflict_advice())
+    return Finding("FAIL", "installation", message, installation.advice())
 
 
 def check_settings(settings: Settings) -> Iterator[Finding]:

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from supervisor import execution
-from supervisor.cli.doctor import conflict_advice, conflicting_distribution
-from supervisor.errors import ConfigurationError, StoreUnavailable, SupervisorError
+from supervisor import execution, installation
+from supervisor.errors import ConfigurationError, StoreUnavailable, SupervisorError, UsageError
 from supervisor.events import configure_logging, logger
 from supervisor.execution.isolation import why_not_possible
 from supervisor.execution.orphans import MARKER, end_orphans, mark_limits, marker
@@ -82,9 +81,9 @@ def run(settings: Settings) -> int:
 def _run(settings: Settings) -> int:
     check_for_supervising(settings)
     check_isolation(settings)
-    conflict = conflicting_distribution()
+    conflict = installation.conflicting_distribution()
     if conflict is not None:
-        raise SupervisorError(f"{conflict}: {conflict_advice()}")
+        raise UsageError(f"the distribution {conflict} (supervisord) is installed here, too: {installation.advice()}")
     configure_logging(settings.log_format, settings.log_level)
     for name in unknown_settings():
         logger("settings").warning("unknown_setting", name=name, msg="ignored: there is no such setting")
