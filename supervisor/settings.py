@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from supervisor.errors import ConfigurationError
@@ -23,6 +23,13 @@ from supervisor.errors import ConfigurationError
 PREFIX = "SUPERVISOR_"
 ENV_FILE_VARIABLE = "SUPERVISOR_ENV_FILE"
 DEFAULT_ENV_FILE = "settings.env"
+
+OWN_COLLECTIONS = ("job_logs", "supervisors")
+"""What stands beside the jobs in their database."""
+MAX_DATABASE_BYTES = 63
+MAX_NAMESPACE_BYTES = 255
+MAX_MEMORY_MB = 2**30
+"""1 PB: beyond it is a typing error, not a host."""
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -55,7 +62,10 @@ class Settings(BaseSettings):
         "none", description="pidns = each job in a PID namespace of its own that nothing escapes; needs root."
     )
     memory_budget: int | None = Field(
-        None, ge=1, description="MB that running jobs may reserve in all. Default: 90 % of what is available."
+        None,
+        ge=1,
+        le=MAX_MEMORY_MB,
+        description="MB that running jobs may reserve in all. Default: 90 % of what is available.",
     )
     memory_enforcement: Literal["auto", "sampling", "cgroup"] = Field(
         "auto",
@@ -77,7 +87,10 @@ class Settings(BaseSettings):
         5.0, gt=0, le=3600, description="Seconds between fallback looks at the queue; new jobs wake the pool at once."
     )
     default_timeout: float | None = Field(
-        None, gt=0, description="Wall-clock limit in seconds of jobs that name none. Default: none."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Wall-clock limit in seconds of jobs that name none. Default: none.",
     )
     kill_grace: float = Field(
         5.0, ge=0, le=3600, description="Seconds from SIGTERM to SIGKILL on timeout, cancel and shutdown."
@@ -115,6 +128,32 @@ class Settings(BaseSettings):
             raise ValueError("must begin with mongodb:// or mongodb+srv://")
         return value
 
+    @field_validator("mongo_db")
+    @classmethod
+    def _is_name_of_database(cls, value: str) -> str:
+        wrong = sorted(set(value) & set('/\\. "$\0'))
+        if wrong:
+            raise ValueError(f"must be a name without {wrong[0]!r}")
+        if len(value.encode()) > MAX_DATABASE_BYTES:
+            raise ValueError(f"must be at most {MAX_DATABASE_BYTES} bytes long")
+        return value
+
+    @field_validator("mongo_collection")
+    @classmethod
+    def _is_name_of_collection(cls, value: str, others: ValidationInfo) -> str:
+        if value in OWN_COLLECTIONS:
+            raise ValueError("must be a name that this program does not use itself")
+        if value.startswith("system."):
+            raise ValueError("must be a name that does not begin with 'system.'")
+        if value.startswith(".") or value.endswith(".") or ".." in value:
+            raise ValueError("must be a name without a dot at an end, or two in a row")
+        wrong = sorted(set(value) & {"$", "\0"})
+        if wrong:
+            raise ValueError(f"must be a name without {wrong[0]!r}")
+        if len(f"{others.data.get('mongo_db', '')}.{value}".encode()) > MAX_NAMESPACE_BYTES:
+            raise ValueError(f"must be at most {MAX_NAMESPACE_BYTES} bytes long, together with MONGO_DB and a dot")
+        return value
+
     @property
     def roots(self) -> tuple[Path, ...]:
         """The directories that scripts must be in, resolved."""
@@ -133,7 +172,9 @@ def load_settings(**overrides: Any) -> Settings:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).upper() if first["loc"] else "?"
         message = first["msg"].removeprefix("Value error, ")
-        shown = "" if name == "MONGO_URI" else f", not {first['input']!r}"  # it may hold a password
+        value = repr(first["input"])
+        shown = f", not {value if len(value) <= 80 else value[:80] + '…'}"
+        shown = "" if name == "MONGO_URI" else shown  # it may hold a password
         raise ConfigurationError(_lower_first(message) + shown, setting=name) from None
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"the file is not UTF-8 text ({error.reason})", setting="ENV_FILE") from None

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from supervisor.errors import ConfigurationError
-from supervisor.settings import PREFIX, check_for_supervising, load_settings, masked, unknown_settings
+from supervisor.settings import (
+    OWN_COLLECTIONS,
+    PREFIX,
+    check_for_supervising,
+    load_settings,
+    masked,
+    unknown_settings,
+)
+from supervisor.store import schema
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +71,12 @@ def test_an_empty_value_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MONGO_URI", "http://localhost"),
         ("START_METHOD", "hot"),
         ("MEMORY_BUDGET", "-1"),
+        ("MEMORY_BUDGET", "9" * 30),
+        ("DEFAULT_TIMEOUT", "inf"),
+        ("DEFAULT_TIMEOUT", "nan"),
+        *(("MONGO_DB", name) for name in ("a b", "a.b", "$x", "a/b", 'a"b', "ä" * 32, "\udcff")),
+        *(("MONGO_COLLECTION", name) for name in ("$x", "a..b", ".a", "a.", "system.x", "a" * 250, "\udcff")),
+        *(("MONGO_COLLECTION", name) for name in OWN_COLLECTIONS),
         ("MEMORY_CHECK_INTERVAL", "0"),
         ("LEASE_SECONDS", "0"),
         ("LEASE_SECONDS", "nan"),
@@ -80,6 +94,22 @@ def test_a_wrong_value_names_its_setting(monkeypatch: pytest.MonkeyPatch, name: 
     assert caught.value.setting == name
     assert PREFIX + name in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("setting", ["mongo_db", "mongo_collection"])
+def test_names_hold_no_nul(setting: str) -> None:
+    Path("settings.env").write_bytes(f"SUPERVISOR_{setting.upper()}=a\0b\n".encode())
+    with pytest.raises(ConfigurationError, match=rf"SUPERVISOR_{setting.upper()}: must be a name without '\\x00'"):
+        load_settings()
+
+
+def test_names_that_mongodb_takes_are_taken() -> None:
+    settings = load_settings(mongo_db="d" * 63, mongo_collection="jobs.of-ours_2 ä")
+    assert settings.mongo_collection == "jobs.of-ours_2 ä"
+
+
+def test_the_collections_beside_the_jobs_are_known() -> None:
+    assert OWN_COLLECTIONS == (schema.OUTPUT_COLLECTION, schema.SUPERVISORS_COLLECTION)
 
 
 def test_what_only_a_supervisor_needs(monkeypatch: pytest.MonkeyPatch) -> None:
