@@ -10,6 +10,7 @@ import os
 import pwd
 import re
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ MAX_DATABASE_BYTES = 63
 MAX_NAMESPACE_BYTES = 255
 MAX_MEMORY_MB = 2**30
 """1 PB: beyond it is a typing error, not a host."""
+INTERPRETER_SECONDS = 5.0
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -156,8 +158,8 @@ class Settings(BaseSettings):
 
     @property
     def roots(self) -> tuple[Path, ...]:
-        """The directories that scripts must be in, resolved."""
-        return tuple(Path(root).expanduser().resolve() for root in self.task_roots or (os.getcwd(),))
+        """The directories that scripts must be in, resolved; raises `ConfigurationError` where that cannot be."""
+        return tuple(_resolved(root) for root in self.task_roots or (os.getcwd(),))
 
     @property
     def host(self) -> str:
@@ -184,11 +186,35 @@ def load_settings(**overrides: Any) -> Settings:
 def check_for_supervising(settings: Settings) -> None:
     """What only the supervisor needs to be right; raises `ConfigurationError`."""
     for root in settings.roots:
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise ConfigurationError(f"{str(root)!r} is not a directory", setting="TASK_ROOTS")
-    if not os.path.isfile(settings.python) or not os.access(settings.python, os.X_OK):
-        raise ConfigurationError(f"{settings.python!r} is not an executable file", setting="PYTHON")
+    check_interpreter(settings.python)
     account_of(settings)
+
+
+def check_interpreter(python: str) -> None:
+    """Raises `ConfigurationError` when the interpreter for `exec` is none; it is asked, unless it is this one."""
+    if not os.path.isfile(python) or not os.access(python, os.X_OK):
+        raise ConfigurationError(f"{python!r} is not an executable file", setting="PYTHON")
+    if python == sys.executable:
+        return
+    question = "import sys; print('Python', sys.version_info[0])"
+    try:
+        answer = subprocess.run(
+            [python, "-c", question],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if not is_ours(name)},
+            timeout=INTERPRETER_SECONDS,
+        )
+    except OSError as error:
+        raise ConfigurationError(f"{python!r} cannot be started: {error.strerror}", setting="PYTHON") from None
+    except subprocess.TimeoutExpired:
+        message = f"{python!r} did not answer within {INTERPRETER_SECONDS:g} s"
+        raise ConfigurationError(message, setting="PYTHON") from None
+    if answer.stdout.split() != [b"Python", b"3"]:
+        raise ConfigurationError(f"{python!r} is no interpreter of Python 3", setting="PYTHON")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +247,24 @@ def account_of(settings: Settings) -> Account | None:
 
 def unknown_settings() -> list[str]:
     """Names with our prefix that mean nothing: most likely typing errors."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | {ENV_FILE_VARIABLE}
-    names = {name for name in os.environ if name.startswith(PREFIX)}
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    names = {name for name in os.environ if is_ours(name)}
     file = _env_file()
     if file is not None:
-        names |= set(re.findall(rf"^\s*(?:export\s+)?({PREFIX}\w+)\s*=", file.read_text("utf-8"), re.MULTILINE))
-    return sorted(names - known)
+        names |= set(re.findall(rf"^\s*(?:export\s+)?({PREFIX}\w+)\s*=", file.read_text("utf-8"), re.M | re.I))
+    return sorted(name for name in names - {ENV_FILE_VARIABLE} if name.upper() not in known)
+
+
+def is_ours(variable: str) -> bool:
+    """Whether an environment variable is a setting, in whatever case: its value may be a secret."""
+    return variable.upper().startswith(PREFIX)
+
+
+def _resolved(root: str) -> Path:
+    try:
+        return Path(root).expanduser().resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # no such user, a loop of links, a NUL byte
+        raise ConfigurationError(f"{root!r}: {_lower_first(str(error))}", setting="TASK_ROOTS") from None
 
 
 def _env_file() -> Path | None:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from supervisor import installation
@@ -134,18 +133,25 @@ def check_settings(settings: Settings) -> Iterator[Finding]:
 
 
 def _check_roots(settings: Settings) -> Finding:
-    missing = [str(root) for root in settings.roots if not root.is_dir()]
+    advice = "create it, or correct SUPERVISOR_TASK_ROOTS: the supervisor does not start"
+    try:
+        missing = [str(root) for root in settings.roots if not os.path.isdir(root)]
+    except ConfigurationError as error:
+        return Finding("FAIL", "task roots", str(error), advice)
     if missing:
-        advice = "create it, or correct SUPERVISOR_TASK_ROOTS: the supervisor does not start"
         return Finding("FAIL", "task roots", f"no directory: {', '.join(missing)}", advice)
     return Finding("OK", "task roots", f"scripts must be in {', '.join(map(str, settings.roots))}")
 
 
 def _check_python(settings: Settings) -> Finding:
-    if Path(settings.python).is_file() and os.access(settings.python, os.X_OK):
-        return Finding("OK", "interpreter", settings.python)
-    advice = "set SUPERVISOR_PYTHON to the absolute path of an interpreter: the supervisor does not start"
-    return Finding("FAIL", "interpreter", f"{settings.python!r} is not an executable file", advice)
+    from supervisor.settings import check_interpreter
+
+    try:
+        check_interpreter(settings.python)
+    except ConfigurationError as error:
+        advice = "set SUPERVISOR_PYTHON to the absolute path of an interpreter: the supervisor does not start"
+        return Finding("FAIL", "interpreter", str(error), advice)
+    return Finding("OK", "interpreter", settings.python)
 
 
 def _check_data_dir(settings: Settings) -> Finding:

@@ -26,9 +26,9 @@ from supervisor.messages import Channel
 from supervisor.metrics import Metrics
 from supervisor.pool import Child
 from supervisor.settings import (
-    PREFIX,
     Settings,
     check_for_supervising,
+    is_ours,
     load_settings,
     masked,
     unknown_settings,
@@ -80,6 +80,7 @@ def run(settings: Settings) -> int:
 
 def _run(settings: Settings) -> int:
     check_for_supervising(settings)
+    check_data_dir(settings)
     check_isolation(settings)
     conflict = installation.conflicting_distribution()
     if conflict is not None:
@@ -115,6 +116,23 @@ def check_reachable(uri: str) -> None:
         os.waitpid(pid, 0)
     if problem:
         raise StoreUnavailable(problem)
+
+
+def check_data_dir(settings: Settings) -> None:
+    """Raises `ConfigurationError` where results could not wait on disk while MongoDB is away."""
+    try:
+        directory = spool_directory(settings)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigurationError(f"{settings.data_dir}: {reason}", setting="DATA_DIR") from None
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{directory} cannot be written to", setting="DATA_DIR")
+
+
+def spool_directory(settings: Settings) -> Path:
+    """Where results wait."""
+    return settings.data_dir.resolve() / "results"
 
 
 def check_isolation(settings: Settings) -> None:
@@ -276,13 +294,13 @@ class Host:
         return JobStore(client, settings.mongo_db, settings.mongo_collection, uri=self._uri, observe=observe)
 
     def _spool(self) -> Spool:
-        return Spool(self.settings.data_dir.resolve() / "results")
+        return Spool(spool_directory(self.settings))
 
     def _environment_of_jobs(self) -> dict[str, str]:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(PREFIX) and name not in WITHHELD and name != MARKER
+            if not is_ours(name) and name not in WITHHELD and name != MARKER
         }
         return {**kept, MARKER: marker(self._pid)}
 

@@ -170,6 +170,22 @@ def test_names_the_setting_that_is_wrong(command: Commands) -> None:
     assert "SUPERVISOR_WORKERS" in answer.err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TASK_ROOTS", "~nosuchuser/x"),
+        ("DATA_DIR", "/proc/nothing"),
+        ("DATA_DIR", "plain-file"),
+        ("PYTHON", "/bin/ls"),
+    ],
+)
+def test_the_supervisor_does_not_start_with_a_setting_that_is_wrong(command: Commands, name: str, value: str) -> None:
+    (command.directory / "plain-file").touch()
+    answer = command(environment={f"SUPERVISOR_{name}": value, "SUPERVISOR_START_METHOD": "exec"})
+    assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+    assert answer.err.startswith(f"error: SUPERVISOR_{name}: ")
+
+
 @pytest.mark.parametrize("module", ["supervisor.cli.main", "supervisor.producer"])
 def test_help_needs_neither_the_driver_nor_rich(module: str) -> None:
     program = (
@@ -703,6 +719,8 @@ def test_checks_the_configuration_even_without_mongodb(command: Commands) -> Non
     assert "SUPERVISOR_WROKERS" in found["settings"]["message"]
     assert "/nonexistent" in found["task roots"]["message"]
     assert found["interpreter"]["level"] == found["MongoDB"]["level"] == "FAIL"
+    _, found = findings(command, SUPERVISOR_TASK_ROOTS="~nosuchuser/x", SUPERVISOR_PYTHON="/bin/ls")
+    assert found["task roots"]["level"] == found["interpreter"]["level"] == "FAIL"
     wrong = command("doctor", "--json", environment={"SUPERVISOR_WORKERS": "x"})
     assert (wrong.code, "SUPERVISOR_WORKERS" in wrong.out) == (2, True)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Shared
+from tests.conftest import Shared, Start
+from tests.support.running import Jobs
 
 METHODS = pytest.mark.parametrize("start_method", ["warm", "exec"])
 LOOK = """
@@ -48,6 +49,18 @@ def test_a_job_finds_what_a_script_finds(shared: Shared, start_method: str) -> N
     assert found["mask"] == 0
     assert found["threads"] == 1
     assert found["cwd"] == str(shared.jobs.directory)
+
+
+@METHODS
+def test_a_setting_in_lower_case_is_withheld_too(
+    monkeypatch: pytest.MonkeyPatch, start_supervisor: Start, jobs: Jobs, start_method: str
+) -> None:
+    monkeypatch.setenv("supervisor_password", "secret")
+    start_supervisor(workers=1)
+    document = jobs.run("import os; print([each for each in os.environ.items()])", start_method=start_method)
+    assert document["status"] == "completed"
+    assert b"JOB_ID" in jobs.output(document["_id"])
+    assert b"secret" not in jobs.output(document["_id"])
 
 
 @METHODS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from supervisor.settings import (
     OWN_COLLECTIONS,
     PREFIX,
     check_for_supervising,
+    check_interpreter,
     load_settings,
     masked,
     unknown_settings,
@@ -119,10 +121,39 @@ def test_what_only_a_supervisor_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         check_for_supervising(settings)
 
 
+@pytest.mark.parametrize("root", ["~nosuchuser/x", "a\0b", "loop", "x" * 5000])
+def test_a_task_root_that_cannot_be_looked_up(root: str) -> None:
+    Path("loop").symlink_to("loop")
+    with pytest.raises(ConfigurationError, match="SUPERVISOR_TASK_ROOTS"):
+        check_for_supervising(load_settings(task_roots=(root,)))
+
+
+def test_the_interpreter_is_asked_whether_it_is_one(tmp_path: Path) -> None:
+    check_interpreter(sys.executable)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    check_interpreter(str(python))
+    for other in ("/bin/ls", "/bin/echo", str(tmp_path), "/nonexistent", "x\0y"):
+        with pytest.raises(ConfigurationError, match="SUPERVISOR_PYTHON"):
+            check_interpreter(other)
+
+
+def test_an_interpreter_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervisor.settings.INTERPRETER_SECONDS", 0.1)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o700)
+    with pytest.raises(ConfigurationError, match=r"did not answer within 0\.1 s"):
+        check_interpreter(str(python))
+
+
 def test_typing_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("settings.env").write_text("export SUPERVISOR_WORKER=3\n# SUPERVISOR_COMMENT=1\nSUPERVISOR_QUEUES=a\n")
     monkeypatch.setenv("SUPERVISOR_LEASE", "3")
-    assert unknown_settings() == ["SUPERVISOR_LEASE", "SUPERVISOR_WORKER"]
+    monkeypatch.setenv("supervisor_queue", "3")
+    monkeypatch.setenv("supervisor_queues", "b")
+    assert unknown_settings() == ["SUPERVISOR_LEASE", "SUPERVISOR_WORKER", "supervisor_queue"]
 
 
 @pytest.mark.parametrize(
