@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dotenv.parser import parse_stream
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -168,8 +169,11 @@ class Settings(BaseSettings):
 
 def load_settings(**overrides: Any) -> Settings:
     """The settings of this process; raises `ConfigurationError` with the first setting that is wrong."""
+    file = _env_file()
     try:
-        settings = Settings(_env_file=_env_file(), **overrides)  # type: ignore[call-arg]
+        if file is not None:
+            _check_env_file(file)
+        settings = Settings(_env_file=file, **overrides)  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).upper() if first["loc"] else "?"
@@ -178,6 +182,8 @@ def load_settings(**overrides: Any) -> Settings:
         shown = f", not {value if len(value) <= 80 else value[:80] + '…'}"
         shown = "" if name == "MONGO_URI" else shown  # it may hold a password
         raise ConfigurationError(_lower_first(message) + shown, setting=name) from None
+    except OSError as error:
+        raise ConfigurationError(f"{file}: {error.strerror}", setting="ENV_FILE") from None
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"the file is not UTF-8 text ({error.reason})", setting="ENV_FILE") from None
     return settings
@@ -275,6 +281,16 @@ def _env_file() -> Path | None:
         return Path(named)
     default = Path(DEFAULT_ENV_FILE)
     return default if default.is_file() else None
+
+
+def _check_env_file(file: Path) -> None:
+    """Raises `ConfigurationError` at the first line that is no setting: it would be passed over."""
+    with open(file, encoding="utf-8") as lines:
+        for each in parse_stream(lines):
+            if each.error or (each.key is not None and each.value is None):
+                blank = len(each.original.string) - len(each.original.string.lstrip("\r\n"))
+                number = each.original.line + each.original.string[:blank].count("\n")
+                raise ConfigurationError(f"{file}:{number}: is not of the form NAME=VALUE", setting="ENV_FILE")
 
 
 def _lower_first(text: str) -> str:

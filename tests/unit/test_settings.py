@@ -105,6 +105,20 @@ def test_names_hold_no_nul(setting: str) -> None:
         load_settings()
 
 
+@pytest.mark.parametrize("line", ["SUPERVISOR_QUEUES", "SUPERVISOR_QUEUES 3", "-", 'SUPERVISOR_QUEUES="a', "= 3"])
+def test_a_line_of_the_file_that_is_no_setting_is_named(line: str) -> None:
+    Path("settings.env").write_text(f"# comment\n\nexport SUPERVISOR_WORKERS=3\n\n{line}\nSUPERVISOR_PRELOAD=a\n")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert str(caught.value) == "SUPERVISOR_ENV_FILE: settings.env:5: is not of the form NAME=VALUE"
+
+
+def test_a_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPERVISOR_ENV_FILE", "/proc/self/mem")
+    with pytest.raises(ConfigurationError, match="SUPERVISOR_ENV_FILE: /proc/self/mem: "):
+        load_settings()
+
+
 def test_names_that_mongodb_takes_are_taken() -> None:
     settings = load_settings(mongo_db="d" * 63, mongo_collection="jobs.of-ours_2 ä")
     assert settings.mongo_collection == "jobs.of-ours_2 ä"
