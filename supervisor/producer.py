@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
 def demo(options: argparse.Namespace) -> int:
     """Three sample jobs: immediate, scheduled in one minute, one that may fail."""
     script = str(demo_script())
-    later = datetime.now(UTC) + timedelta(seconds=options.delay)
+    later = _in_a_while(options.delay, "--delay")
     seconds = [] if options.seconds is None else ["--seconds", f"{options.seconds:g}"]
     surely = ["--fail-rate", "0", *seconds]
     samples: list[tuple[str, list[str], dict[str, Any]]] = [
@@ -177,10 +177,14 @@ def _scheduled(options: argparse.Namespace) -> datetime | None:
     if options.delay is None:
         at: datetime | None = options.at
         return at
+    return _in_a_while(options.delay, "--in")
+
+
+def _in_a_while(seconds: float, option: str) -> datetime:
     try:
-        return datetime.now(UTC) + timedelta(seconds=options.delay)
+        return datetime.now(UTC) + timedelta(seconds=seconds)
     except OverflowError:
-        raise UsageError("argument --in: is too far in the future") from None
+        raise UsageError(f"argument {option}: is too far in the future") from None
 
 
 def _await_end(manager: JobManager, job_id: str, as_json: bool) -> int:

@@ -49,11 +49,13 @@ def utc_time(text: str) -> datetime:
     """A time from ISO 8601; one without a time zone is UTC."""
     try:
         moment = datetime.fromisoformat(text.strip())
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise argparse.ArgumentTypeError(f"{text!r} is outside the years 1 to 9999 in UTC") from None
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not an ISO 8601 time such as 2030-01-31T18:00:00Z (all times are UTC)"
         ) from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def moment_or_age(text: str) -> datetime:
@@ -62,7 +64,9 @@ def moment_or_age(text: str) -> datetime:
 
     try:
         return datetime.now(UTC) - timedelta(seconds=duration(text))
-    except (argparse.ArgumentTypeError, OverflowError):
+    except OverflowError:
+        raise argparse.ArgumentTypeError(f"{text!r} is too long ago") from None
+    except argparse.ArgumentTypeError:
         return utc_time(text)
 
 

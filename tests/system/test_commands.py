@@ -95,6 +95,8 @@ def register(manager: JobManager, **facts: Any) -> str:
         (["jobs", "list", "--limit", "0"], 2, "--limit"),
         (["jobs", "list", "--status", "done"], 2, "--status"),
         (["jobs", "list", "--since", "yesterday"], 2, "--since"),
+        (["jobs", "list", "--since", "0001-01-01T00:00:00+05:00"], 2, "--since"),
+        (["jobs", "list", "--until", "9999999999999d"], 2, "--until"),
         (["jobs", "list", "--statu", "failed"], 2, "--statu"),
         (["jobs", "wait", "x", "--timeout", "soon"], 2, "--timeout"),
         (["jobs", "retry"], 2, "--all"),

@@ -61,6 +61,12 @@ def test_demo_inserts_three_jobs(producer: Commands, manager: JobManager) -> Non
     assert "--fail-rate" not in perhaps["python_args"]
 
 
+def test_demo_names_a_delay_that_is_too_long(producer: Commands) -> None:
+    answer = producer.producer("demo", "--delay", "9999999999999d")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "error: argument --delay: is too far in the future\n"
+
+
 def test_demo_prefers_the_tasks_of_the_working_directory(producer: Commands, manager: JobManager) -> None:
     (producer.directory / "tasks").mkdir()
     own = shutil.copy(CHECKOUT / "tasks" / "sample_task.py", producer.directory / "tasks")
@@ -155,7 +161,9 @@ def test_submit_takes_a_script_that_looks_like_an_option(producer: Commands, man
         (["--priority", "high", "job.py"], "--priority"),
         (["--timeout", "0", "job.py"], "timeout"),
         (["--at", "tomorrow", "job.py"], "--at"),
+        (["--at", "0001-01-01T00:00:00+05:00", "job.py"], "--at"),
         (["--in", "5 parsecs", "job.py"], "--in"),
+        (["--in", "9999999999999d", "job.py"], "--in"),
         (["--in", "5s", "--at", "2030-01-01", "job.py"], "--in"),
         (["--env", "NOVALUE", "job.py"], "--env"),
         (["--start-method", "cold", "job.py"], "--start-method"),
@@ -268,6 +276,7 @@ BAD = [
     {"python_path": "d.py", "self": 1},
     {"python_path": "e.py", "python_args": ["\u0000"]},
     {"python_path": "e.py", "memory_growth": 2},
+    {"python_path": "g.py", "scheduled_date": "0001-01-01T00:00:00+05:00"},
     {"python_path": "f.py"},
 ]
 
@@ -275,7 +284,7 @@ BAD = [
 def test_names_every_line_that_is_wrong(producer: Commands, manager: JobManager) -> None:
     write(producer, "jobs.jsonl", *BAD)
     answer = producer.producer("import", "jobs.jsonl")
-    assert (answer.code, answer.out) == (1, "2 jobs inserted, 6 refused\n")
+    assert (answer.code, answer.out) == (1, "2 jobs inserted, 7 refused\n")
     lines = answer.err.splitlines()
     assert [line.split(": ")[:2] for line in lines] == [
         ["jobs.jsonl:2", "document"],
@@ -284,6 +293,7 @@ def test_names_every_line_that_is_wrong(producer: Commands, manager: JobManager)
         ["jobs.jsonl:5", "self"],
         ["jobs.jsonl:6", "python_args.0"],
         ["jobs.jsonl:7", "max_memory"],
+        ["jobs.jsonl:8", "scheduled_date"],
     ]
     assert [job["request_name"] for job in all_jobs(manager)] == ["a.py", "f.py"]
 
@@ -293,7 +303,7 @@ def test_strict_inserts_nothing_if_a_line_is_wrong(producer: Commands, manager: 
     write(producer, "jobs.jsonl", *BAD)
     data = (producer.directory / "jobs.jsonl").read_bytes() if name == "-" else b""
     answer = producer.producer("import", name, "--strict", stdin=data)
-    assert (answer.code, answer.out) == (1, "0 jobs inserted, 6 refused: nothing was inserted (--strict)\n")
+    assert (answer.code, answer.out) == (1, "0 jobs inserted, 7 refused: nothing was inserted (--strict)\n")
     assert all_jobs(manager) == []
     write(producer, "jobs.jsonl", BAD[0], BAD[-1])
     data = (producer.directory / "jobs.jsonl").read_bytes() if name == "-" else b""

@@ -68,6 +68,8 @@ def test_what_other_clients_write_is_understood(field: str, given: Any, taken: A
         ({"python_path": ""}, "python_path"),
         ({"python_path": "\ud800"}, "python_path"),
         ({"python_args": ["a", "b\0"]}, "python_args.1"),
+        ({"scheduled_date": datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=5)))}, "scheduled_date"),
+        ({"scheduled_date": datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-5)))}, "scheduled_date"),
         ({"python_args": ("a",)}, "python_args"),
         ({"python_args": [b"a"]}, "python_args.0"),
         ({"env": {"": "x"}}, "env"),
