@@ -212,13 +212,13 @@ def _await_end(manager: JobManager, job_id: str, as_json: bool) -> int:
 def import_jobs(options: argparse.Namespace) -> int:
     """Inserts the jobs that a file describes; 1 if a line was refused."""
     from supervisor.cli import render
-    from supervisor.cli.batch import format_of, opened, records
+    from supervisor.cli.batch import format_of, opened, records, size_of
 
     kind = format_of(options.file, options.format)
     name = "stdin" if options.file == "-" else options.file
     totals = _Totals(name, options.json)
-    with opened(options.file, sys.stdin.buffer, twice=options.strict) as file:
-        total = None if options.file == "-" and not options.strict else os.fstat(file.fileno()).st_size
+    with opened(options.file, twice=options.strict) as file:
+        total = size_of(file)
         if options.strict:
             with render.progress("checking", total, "bytes") as advance:
                 for record in records(file, kind, advance):
@@ -254,7 +254,9 @@ class _Totals:
         error = record.error
         if error is None:
             try:
-                return new_document(**record.fields)
+                created_at = record.fields.pop("created_at", None)
+                document = new_document(**record.fields)
+                return document if created_at is None else {**document, "created_at": created_at}
             except InvalidJob as invalid:
                 error = invalid
             except TypeError:

@@ -15,6 +15,7 @@ import pytest
 from supervisor import producer
 from supervisor.attempt import Attempt
 from supervisor.cli import main as commands
+from supervisor.cli.batch import WRITTEN
 from supervisor.cli.run import START_SECONDS
 from supervisor.errors import StoreUnavailable, SupervisorError
 from supervisor.job import JobSpec, Outcome, Verdict
@@ -179,6 +180,10 @@ def test_every_field_of_the_document_is_documented() -> None:
     assert set(defaults) == set(JobSpec.model_fields) | housekeeping
     assert written == written_fields() - set(defaults)
     assert all(f"`{name}`" in section(README, "The job document") for name in defaults)
+
+
+def test_an_import_leaves_out_what_supervisors_write() -> None:
+    assert documented_fields()[1] == WRITTEN
 
 
 def test_the_defaults_of_the_document_are_the_documented_ones() -> None:

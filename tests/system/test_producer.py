@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -296,6 +298,56 @@ def test_names_every_line_that_is_wrong(producer: Commands, manager: JobManager)
         ["jobs.jsonl:8", "scheduled_date"],
     ]
     assert [job["request_name"] for job in all_jobs(manager)] == ["a.py", "f.py"]
+
+
+def test_imports_what_was_exported(producer: Commands, manager: JobManager) -> None:
+    manager.create_job("job", "/t/a.py", ["x"], max_attempts=2, env={"A": "b"}, retry_delay=0)
+    failed = Outcome(exit_code=1, reason=Reason.EXIT_CODE, error="exited with code 1", peak_memory_mb=3)
+    run_next(manager, failed, Status.PENDING, b"output\n")
+    (before,) = all_jobs(manager)
+    exported = producer("jobs", "show", str(before["_id"]), "--json").out
+    manager.jobs.collection.delete_many({})
+    answer = producer.producer("import", "-", stdin=exported.encode())
+    assert (answer.code, answer.out, answer.err) == (0, "1 job inserted, 0 refused\n", "")
+    (after,) = all_jobs(manager)
+    kept = {name: before[name] for name in ("request_name", "python_path", "python_args", "env", "created_at")}
+    assert {name: after[name] for name in kept} == kept
+    assert after["status"] == "pending"
+    assert not {"attempts", "error", "lock", "peak_memory"} & set(after)
+    run_next(manager, Outcome(exit_code=0), Status.COMPLETED)
+    exported = producer("jobs", "list", "--json").out
+    answer = producer.producer("import", "-", stdin=exported.encode())
+    assert (answer.code, answer.out) == (1, "0 jobs inserted, 1 refused\n")
+    assert answer.err == "stdin:1: status: is 'completed': only a pending job can be imported\n"
+
+
+def test_strict_reads_a_pipe_that_has_a_name(producer: Commands, manager: JobManager) -> None:
+    for data, code in ((b'{"python_path": "a.py"}\n', 0), (b'{"python_path": "b.py"}\n{', 1)):
+        answer = producer.producer("import", "/dev/stdin", "--format", "jsonl", "--strict", stdin=data)
+        assert (answer.code, "UnsupportedOperation" in answer.err) == (code, False)
+    assert [job["request_name"] for job in all_jobs(manager)] == ["a.py"]
+
+
+def test_names_the_file_that_cannot_be_read(producer: Commands) -> None:
+    answer = producer.producer("import", "/proc/self/mem", "--format", "jsonl")
+    assert (answer.code, answer.out) == (1, "0 jobs inserted, 1 refused\n")
+    assert answer.err == "/proc/self/mem:1: document: cannot be read: Input/output error\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--strict"]])
+def test_says_that_standard_input_is_closed(producer: Commands, options: list[str]) -> None:
+    program = 'exec "$0" -m supervisor.producer import - "$@" <&-'
+    answer = subprocess.run(
+        ["sh", "-c", program, sys.executable, *options],
+        capture_output=True, text=True, cwd=producer.directory, env=producer.environment, timeout=60,
+    )  # fmt: skip
+    assert (answer.returncode, answer.stdout, answer.stderr) == (2, "", "error: standard input is closed\n")
+
+
+def test_a_file_without_jobs_is_no_error(producer: Commands) -> None:
+    (producer.directory / "jobs.csv").write_text("python_path\n")
+    answer = producer.producer("import", "jobs.csv")
+    assert (answer.code, answer.out, answer.err) == (0, "0 jobs inserted, 0 refused\n", "")
 
 
 @pytest.mark.parametrize("name", ["jobs.jsonl", "-"])

@@ -41,6 +41,15 @@ def test_reads_json_lines() -> None:
             b'{"python_path": "a.py", "scheduled_date": "soon"}',
             "scheduled_date: 'soon' is not an ISO 8601 time",
         ),
+        (b'{"python_path": "a.py", "scheduled_date": "0001-01-01T00:00:00+05:00"}', "is outside the years 1 to 9999"),
+        (b'{"python_path": "a.py", "scheduled_date": {"$date": "soon"}}', "scheduled_date: 'soon' is not"),
+        (b'{"python_path": "a.py", "scheduled_date": {"$date": {"$numberLong": "9e9"}}}', "scheduled_date: "),
+        (b'{"python_path": "a.py", "scheduled_date": {"$date": 1e400}}', "scheduled_date: "),
+        (b'{"python_path": "a.py", "scheduled_date": {"$date": 9999999999999999}}', "scheduled_date: "),
+        (b'{"python_path": "a.py", "priority": {"$numberInt": []}}', "priority: "),
+        (b'{"python_path": "a.py", "created_at": 1}', "created_at: 1 is not an ISO 8601 time"),
+        (b'{"python_path": "a.py", "status": "completed"}', "status: is 'completed': only a pending job"),
+        (b'{"python_path": "a.py", "status": []}', "status: is []: only a pending job"),
     ],
 )
 def test_names_what_is_wrong_with_a_line(line: bytes, words: str) -> None:
@@ -49,6 +58,26 @@ def test_names_what_is_wrong_with_a_line(line: bytes, words: str) -> None:
     assert [number for number, _ in answers] == [1, 2, 3]
     assert words in answers[1][1]
     assert isinstance(answers[2][1], dict)
+
+
+def test_reads_what_was_exported() -> None:
+    data = b"""{"_id": {"$oid": "66b0c0c0c0c0c0c0c0c0c0c0"}, "request_name": "a", "python_path": "/t/a.py",
+        "python_args": ["x"], "status": "pending", "created_at": {"$date": "2030-01-01T10:00:00.5Z"},
+        "updated_at": {"$date": "2030-01-02T00:00:00Z"}, "scheduled_date": {"$date": {"$numberLong": "1893492000000"}},
+        "required_memory": {"$numberInt": "64"}, "priority": {"$numberLong": "-3"},
+        "timeout": {"$numberDouble": "1.5"}, "logs": ["[x] created"], "env": {"$oid": "1"},
+        "attempts": 1, "lock": null, "error": "exited with code 1"}"""
+    ((_, fields),) = read(data.replace(b"\n", b" "), "jsonl")
+    assert fields == {
+        "request_name": "a", "python_path": "/t/a.py", "python_args": ["x"], "required_memory": 64, "priority": -3,
+        "timeout": 1.5, "env": {"$oid": "1"}, "created_at": datetime(2030, 1, 1, 10, 0, 0, 500_000, tzinfo=UTC),
+        "scheduled_date": datetime(2030, 1, 1, 10, tzinfo=UTC),
+    }  # fmt: skip
+
+
+def test_a_column_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="line 2: the column 'python_path' is there more than once"):
+        read(b"\npython_path,priority, python_path\n/t/a.py,1,/t/b.py\n", "csv")
 
 
 def test_reads_csv() -> None:
