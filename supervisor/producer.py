@@ -18,7 +18,7 @@ from supervisor.installation import require_whole
 
 require_whole()  # before anything is imported that may not be there
 
-from supervisor.cli.arguments import Parser, add_json, duration, utc_time, variable, whole
+from supervisor.cli.arguments import Parser, add_json, duration, some_text, unicode_text, utc_time, variable, whole
 from supervisor.cli.main import complain, connected, guarded, leave
 from supervisor.errors import InvalidJob, StoreUnavailable, SupervisorError, UsageError
 from supervisor.states import Status
@@ -144,7 +144,10 @@ def _script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
         raise UsageError(
             "the following arguments are required: SCRIPT (see: python -m supervisor.producer submit --help)"
         )
-    return os.path.abspath(words[0]), words[1:]
+    try:
+        return unicode_text(os.path.abspath(words[0])), words[1:]
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"argument SCRIPT: {error}") from None
 
 
 def _fields(options: argparse.Namespace, script: str, arguments: list[str], memory_mb: int) -> dict[str, Any]:
@@ -337,21 +340,21 @@ def _add_submit(one: argparse.ArgumentParser) -> None:
     one.description = "Inserts one job and prints its id. What follows SCRIPT is passed on as it is."
     add: Callable[..., Any] = one.add_argument
     add_json(one, "one JSON document; with --wait a second one at the end, on a line of its own")
-    add("--name", help="of the request (default: the script's base name)")
+    add("--name", type=some_text, help="of the request (default: the script's base name)")
     add("--memory", type=_memory_option, metavar="MB|auto", help="reserved, and the limit (default 128); "
         "auto: what earlier runs of the script recommend")  # fmt: skip
     time = one.add_mutually_exclusive_group()
     time.add_argument("--at", type=utc_time, metavar="TIME", help="not before this ISO 8601 time; without zone: UTC")
     time.add_argument("--in", type=duration, dest="delay", metavar="TIME", help="not before: 90s, 5m, 2h, or seconds")
-    add("--queue", help="default: default")
+    add("--queue", type=some_text, help="default: default")
     add("--priority", type=int, metavar="N", help="higher runs first (default 0)")
     add("--timeout", type=duration, metavar="TIME", help="wall-clock limit of one attempt")
     add("--max-attempts", type=whole, metavar="N", help="attempts that may fail (default 1)")
     add("--retry-delay", type=duration, metavar="TIME", help="before the first retry; doubles (default 5s)")
-    add("--unique-key", metavar="KEY", help="at most one pending or running job per key")
+    add("--unique-key", type=some_text, metavar="KEY", help="at most one pending or running job per key")
     add("--env", type=variable, action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
     add("--cwd", metavar="DIR", help="working directory (default: the supervisor's)")
-    add("--tag", action="append", default=[], metavar="TAG", help="may be repeated")
+    add("--tag", type=some_text, action="append", default=[], metavar="TAG", help="may be repeated")
     add("--start-method", choices=["warm", "exec"], help="default: the supervisor's setting")
     add("--memory-warning", action="store_true", help="send SIGUSR1 once at 90 %% of the limit; "
         "ends a script that has no handler for it")  # fmt: skip

@@ -25,6 +25,8 @@ _UNIT_SECONDS = {
 }
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|min|[smhdw]|)", re.IGNORECASE)
 
+MAX_WHOLE = 2**31 - 1
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises `UsageError` with one clear line instead of printing its usage and leaving."""
@@ -72,9 +74,25 @@ def moment_or_age(text: str) -> datetime:
 
 def whole(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= MAX_WHOLE:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number from 1 to {MAX_WHOLE}")
     return int(text)
+
+
+def unicode_text(text: str) -> str:
+    """Text that a database can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
+    return text
+
+
+def some_text(text: str) -> str:
+    """Text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return unicode_text(text)
 
 
 def variable(text: str) -> tuple[str, str]:
@@ -91,6 +109,8 @@ def statuses(text: str) -> list[str]:
     for name in names:
         if name not in set(Status):
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(Status)}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"names none of {', '.join(Status)}")
     return names
 
 
@@ -105,11 +125,11 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
         "--status", action="extend", type=statuses, default=[], metavar="STATUS[,…]",
         help=f"one or more of {', '.join(Status)}; may be repeated",
     )  # fmt: skip
-    chosen.add_argument("--queue", help="of this queue")
-    chosen.add_argument("--tag", help="with this tag")
+    chosen.add_argument("--queue", type=unicode_text, help="of this queue")
+    chosen.add_argument("--tag", type=unicode_text, help="with this tag")
     chosen.add_argument("--reason", choices=[reason.value for reason in Reason], help="that ended for this reason")
-    chosen.add_argument("--name", metavar="TEXT", help="whose name contains this text, in any case")
-    chosen.add_argument("--script", metavar="TEXT", help="whose script's path contains this text")
+    chosen.add_argument("--name", type=unicode_text, metavar="TEXT", help="whose name contains this text, in any case")
+    chosen.add_argument("--script", type=unicode_text, metavar="TEXT", help="whose script's path contains this text")
     chosen.add_argument(
         "--since",
         type=moment_or_age,

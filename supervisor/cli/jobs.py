@@ -275,7 +275,7 @@ def _each(ids: Sequence[Any], change: Callable[[Any], None], advance: render.Adv
 
 
 def _confirm(question: str) -> None:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("--all asks first: add --yes where nobody can answer")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from supervisor.cli.arguments import Parser, add_filters, add_json, duration, whole
+from supervisor.cli.arguments import Parser, add_filters, add_json, duration, unicode_text, whole
 from supervisor.errors import SupervisorError
 
 if TYPE_CHECKING:
@@ -146,10 +146,10 @@ def _add_jobs(jobs: argparse.ArgumentParser) -> None:
     found.add_argument("--limit", type=whole, default=50, metavar="N", help="at most this many (default 50)")
 
     show = add("show", "jobs:show", "everything about one job, with its log", _ONE)
-    show.add_argument("id", metavar="ID")
+    show.add_argument("id", type=unicode_text, metavar="ID")
 
     explain = add("explain", "jobs:explain_job", "one sentence: why a job does not run, or ended as it did", _ONE)
-    explain.add_argument("id", metavar="ID")
+    explain.add_argument("id", type=unicode_text, metavar="ID")
 
     logs = add(
         "logs",
@@ -157,28 +157,28 @@ def _add_jobs(jobs: argparse.ArgumentParser) -> None:
         "what a job printed, byte for byte; stderr goes to stdout, too",
         f"{_LINES} and piece",
     )
-    logs.add_argument("id", metavar="ID")
+    logs.add_argument("id", type=unicode_text, metavar="ID")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
     logs.add_argument("--attempt", type=whole, metavar="N", help="of this attempt (default: the last one)")
     logs.add_argument("--stream", choices=["stdout", "stderr"], help="only this stream")
     logs.add_argument("--tail", type=whole, metavar="N", help="only the last N lines of what is there")
 
     cancel = add("cancel", "jobs:cancel", "cancel pending jobs and stop running ones", _LINES)
-    cancel.add_argument("ids", metavar="ID", nargs="+")
+    cancel.add_argument("ids", type=unicode_text, metavar="ID", nargs="+")
     cancel.add_argument("--wait", action="store_true", help="until the running ones have ended")
 
     retry = add("retry", "jobs:retry", "let finished jobs run again, now", _LINES)
-    retry.add_argument("ids", metavar="ID", nargs="*")
+    retry.add_argument("ids", type=unicode_text, metavar="ID", nargs="*")
     retry.add_argument("--all", action="store_true", help="all finished jobs that the filters choose (default: failed)")
     retry.add_argument("--yes", action="store_true", help="with --all: do not ask")
     add_filters(retry)
 
     wait = add("wait", "jobs:wait", "wait until jobs have ended; exit code 0 only if all completed", _LINES)
-    wait.add_argument("ids", metavar="ID", nargs="+")
+    wait.add_argument("ids", type=unicode_text, metavar="ID", nargs="+")
     wait.add_argument("--timeout", type=duration, metavar="TIME", help="give up after this long (90s, 5m, 2h)")
 
     memory = add("memory", "memory:memory", "declared and used memory per script, and what to declare", _LINES)
-    memory.add_argument("--script", metavar="TEXT", help="whose script's path contains this text")
+    memory.add_argument("--script", type=unicode_text, metavar="TEXT", help="whose script's path contains this text")
     memory.add_argument("--limit", type=whole, default=50, metavar="N", help="at most this many (default 50)")
 
 
