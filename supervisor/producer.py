@@ -19,7 +19,7 @@ from supervisor.installation import require_whole
 require_whole()  # before anything is imported that may not be there
 
 from supervisor.cli.arguments import Parser, add_json, duration, some_text, unicode_text, utc_time, variable, whole
-from supervisor.cli.main import complain, connected, guarded, leave
+from supervisor.cli.main import answered, complain, connected, guarded, leave
 from supervisor.errors import InvalidJob, StoreUnavailable, SupervisorError, UsageError
 from supervisor.states import Status
 
@@ -43,8 +43,7 @@ def entry() -> NoReturn:
 
 
 def _run(options: argparse.Namespace) -> int:
-    code: int = options.command(options)
-    return code
+    return answered(lambda: int(options.command(options)), as_json=options.json)
 
 
 # -- demo -------------------------------------------------------------------------------------------------------------
@@ -314,6 +313,7 @@ class _Totals:
 def parser() -> Parser:
     """Every command with its options."""
     top = Parser(prog="python -m supervisor.producer", description="Inserts jobs. All times are UTC.")
+    top.set_defaults(json=False)
     commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser, required=True, dest="name_of_command")
     shown = commands.add_parser("demo", help="three sample jobs: immediate, scheduled in one minute, one that may fail")
     add_json(shown, "one JSON document per line, one for each job")

@@ -115,7 +115,8 @@ def statuses(text: str) -> list[str]:
 
 
 def add_json(parser: argparse.ArgumentParser, meaning: str) -> None:
-    parser.add_argument("--json", action="store_true", help=f"for machines: {meaning}")
+    """`--json`. The parser of all commands sets the default: that of a command would undo what stands before it."""
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=f"for machines: {meaning}")
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from supervisor import installation
 from supervisor.cli import render
 from supervisor.cli.explain import budget_of, serves
-from supervisor.errors import ConfigurationError, StoreUnavailable
+from supervisor.errors import ConfigurationError, StoreUnavailable, SupervisorError
 from supervisor.store.schema import UNIQUE_INDEX
 
 if TYPE_CHECKING:
@@ -47,11 +47,15 @@ class Finding:
 def doctor(options: argparse.Namespace) -> int:
     """Runs all checks. 0 if none failed, 1 otherwise, 2 if the settings are wrong, 3 if MongoDB cannot be reached."""
     report = _Report(as_json=options.json)
-    return report.end(_examine(report))
+    error = _examine(report)
+    code = report.end()
+    if error is not None:
+        raise error
+    return code
 
 
-def _examine(report: _Report) -> int:
-    """Adds every finding; returns the exit code of an error that ended the examination early, else 0."""
+def _examine(report: _Report) -> SupervisorError | None:
+    """Adds every finding; returns the error that ended the examination early."""
     from supervisor.cli.main import connected
     from supervisor.settings import load_settings
 
@@ -60,7 +64,7 @@ def _examine(report: _Report) -> int:
         settings = load_settings()
     except ConfigurationError as error:
         report.add(Finding("FAIL", "settings", str(error), "correct the variable, or the line in settings.env"))
-        return error.exit_code
+        return error
     report.add_all(check_settings(settings))
     try:
         with connected() as manager:
@@ -69,11 +73,11 @@ def _examine(report: _Report) -> int:
             report.add_all(check_jobs(manager))
     except ConfigurationError as error:
         report.add(Finding("FAIL", "MongoDB", str(error), "correct the setting"))
-        return error.exit_code
+        return error
     except StoreUnavailable as error:
         report.add(Finding("FAIL", "MongoDB", str(error), "start it, or correct SUPERVISOR_MONGO_URI"))
-        return error.exit_code
-    return 0
+        return error
+    return None
 
 
 class _Report:
@@ -96,14 +100,15 @@ class _Report:
         for finding in findings:
             self.add(finding)
 
-    def end(self, code: int) -> int:
+    def end(self) -> int:
+        """Shows what came of it; returns the exit code."""
         failed = sum(finding.level == "FAIL" for finding in self._findings)
         warned = sum(finding.level == "WARN" for finding in self._findings)
         if self._as_json:
             render.print_json({"ok": not failed, "findings": [asdict(finding) for finding in self._findings]})
         else:
             print(f"\n{render.counted(failed, 'failure')}, {render.counted(warned, 'warning')}")
-        return code or (1 if failed else 0)
+        return 1 if failed else 0
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def cancel(manager: JobManager, options: argparse.Namespace) -> int:
         else:
             print(f"{job_id} {'asked to stop' if status is Status.RUNNING else 'cancelled'}", flush=True)
 
-    succeeded = _each(options.ids, one)
+    succeeded = _each(options.ids, one, options.json)
     if options.wait and running:
         ended = wait_until_ended(manager, manager.reports.keys(running), None, _say_end(options.json))
         succeeded = succeeded and all(job.get("status") == Status.CANCELLED for job in ended.values())
@@ -253,13 +253,15 @@ def retry(manager: JobManager, options: argparse.Namespace) -> int:
             print(f"{job_id} pending")
 
     with render.progress("retrying", len(ids), "jobs") as advance:
-        succeeded = _each(ids, one, advance)
+        succeeded = _each(ids, one, options.json, advance)
     if options.all and not options.json:
         print(f"{render.counted(len(ids), 'job')} chosen" + ("" if succeeded else ", not all could be retried"))
     return 0 if succeeded else 1
 
 
-def _each(ids: Sequence[Any], change: Callable[[Any], None], advance: render.Advance = lambda amount: None) -> bool:
+def _each(
+    ids: Sequence[Any], change: Callable[[Any], None], as_json: bool, advance: render.Advance = lambda amount: None
+) -> bool:
     """Applies a change to each job; one that refuses is named on stderr and does not stop the others."""
     succeeded = True
     for job_id in ids:
@@ -268,6 +270,8 @@ def _each(ids: Sequence[Any], change: Callable[[Any], None], advance: render.Adv
         except StoreUnavailable:
             raise
         except SupervisorError as error:
+            if as_json:
+                render.print_json({"id": job_id, "error": str(error)})
             complain(str(error))
             succeeded = False
         advance(1)
@@ -292,9 +296,13 @@ def wait(manager: JobManager, options: argparse.Namespace) -> int:
         if job_id not in keys:
             raise JobNotFound(f"there is no job {job_id}")
     ended = wait_until_ended(manager, keys, options.timeout, _say_end(options.json))
-    waiting = len(keys) - len(ended)
+    waiting = [job_id for job_id in keys if job_id not in ended]
     if waiting:
-        raise SupervisorError(f"{render.counted(waiting, 'job')} did not end within {render.span(options.timeout)}")
+        late = f"did not end within {render.span(options.timeout)}"
+        for job_id in waiting if options.json else []:
+            render.print_json({"id": job_id, "error": late})
+        complain(f"{render.counted(len(waiting), 'job')} {late}")
+        return 1
     return 0 if all(job.get("status") == Status.COMPLETED for job in ended.values()) else 1
 
 

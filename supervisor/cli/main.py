@@ -98,8 +98,24 @@ def _run(chosen: argparse.Namespace) -> int:
         return int(command(load_settings(**({"log_format": "json"} if chosen.json else {}))))
     if module == "doctor":
         return int(command(chosen))
-    with connected() as manager:
-        return int(command(manager, chosen))
+
+    def ask() -> int:
+        with connected() as manager:
+            return int(command(manager, chosen))
+
+    return answered(ask, as_json=chosen.json)
+
+
+def answered(command: Callable[[], int], *, as_json: bool) -> int:
+    """Runs a command that has an answer: with --json an error is one, too, beside the line on stderr."""
+    try:
+        return command()
+    except SupervisorError as error:
+        if as_json:
+            from supervisor.cli.render import print_json
+
+            print_json({"error": str(error)})
+        raise
 
 
 # -- the parser -------------------------------------------------------------------------------------------------------
@@ -117,6 +133,7 @@ def parser() -> Parser:
         epilog="Jobs are inserted with python -m supervisor.producer.",
     )
     top.add_argument("--version", action="version", version=f"mongo-job-supervisor {__version__}")
+    add_json(top, "the log, or the command's answer")
     top.set_defaults(command="run:run", json=False)
     commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="the supervisor, in the foreground")
@@ -182,4 +199,4 @@ def _add_jobs(jobs: argparse.ArgumentParser) -> None:
     memory.add_argument("--limit", type=whole, default=50, metavar="N", help="at most this many (default 50)")
 
 
-__all__ = ["complain", "connected", "guarded", "leave", "main"]
+__all__ = ["answered", "complain", "connected", "guarded", "leave", "main"]

@@ -48,7 +48,10 @@ def test_a_wrong_password_is_one_line_and_exit_code_3(guarded: Guarded, tmp_path
     commands = Commands(guarded.server.uri_of("reader", WRONG, source=guarded.db_name), guarded.db_name, tmp_path)
     answer = commands(*command)
     assert answer.code == 3
-    assert answer.out == ""
+    if "--json" in command:
+        assert answer.err == f"error: {answer.document['error']}\n"
+    else:
+        assert answer.out == ""
     assert re.fullmatch(r"error: MongoDB at mongodb://\*\*\*@[\d.:]+/\S* refuses: .*\n", answer.err), answer.err
     assert "wr0ng" not in answer.err and "twice" not in answer.err
 

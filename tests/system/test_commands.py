@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -123,13 +124,40 @@ def test_an_error_is_one_line_and_an_exit_code(command: Commands, arguments: lis
     assert answer.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("action", ["show", "explain", "logs", "cancel", "retry", "wait"])
+def test_with_json_an_error_is_an_answer_too(command: Commands, action: str) -> None:
+    answer = command("jobs", action, "nope", "--json")
+    assert (answer.code, answer.document["error"]) == (1, "there is no job nope")
+    assert answer.err == "error: there is no job nope\n"
+
+
+def test_json_may_stand_before_the_command(command: Commands, manager: JobManager) -> None:
+    job_id = manager.create_job("job", "/tasks/job.py")
+    assert command("--json", "jobs", "list").document["id"] == job_id
+    assert command("jobs", "list", "--json").document["id"] == job_id
+    assert command("--json", "status").document["jobs"]["pending"] == 1
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["run", "--json"], ["--json", "run"]])
+def test_the_supervisor_logs_as_it_is_told(command: Commands, arguments: list[str]) -> None:
+    process = command.start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    try:
+        events = (json.loads(line)["event"] for line in process.stdout)
+        assert "ready" in events
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("arguments", [["status"], ["jobs", "list"], ["jobs", "show", "x"]])
 def test_says_that_mongodb_cannot_be_reached(command: Commands, arguments: list[str]) -> None:
     answer = command(*arguments, environment={"SUPERVISOR_MONGO_URI": "mongodb://user:secret@127.0.0.1:1/"})
     assert answer.code == 3
     assert "cannot be reached" in answer.err
     assert "secret" not in answer.err
-    assert answer.err.count("\n") == 1
+    assert (answer.out, answer.err.count("\n")) == ("", 1)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +534,8 @@ def test_one_job_that_cannot_be_cancelled_does_not_stop_the_others(command: Comm
     assert answer.code == 1
     assert f"error: job {ended} is already completed" in answer.err
     assert manager.get_job(waiting)["status"] == "cancelled"
+    again = command("jobs", "cancel", ended, "--json")
+    assert again.document == {"id": ended, "error": f"job {ended} is already completed"}
 
 
 def test_waits_for_the_end_of_what_it_cancels(command: Commands, manager: JobManager) -> None:
@@ -565,6 +595,9 @@ def test_waits_until_all_have_ended(command: Commands, manager: JobManager) -> N
     slow = manager.create_job("slow", "/tasks/job.py")
     late = command("jobs", "wait", good, slow, "--timeout", "200ms")
     assert (late.code, "1 job did not end within 200 ms" in late.err) == (1, True)
+    late = command("jobs", "wait", good, slow, "--timeout", "200ms", "--json")
+    assert (late.code, late.documents[1]) == (1, {"id": slow, "error": "did not end within 200 ms"})
+    assert late.err == "error: 1 job did not end within 200 ms\n"
     process = command.start("jobs", "wait", slow, "--json")
     key, token = claimed(manager)
     finish(manager, key, token, COMPLETED)
@@ -735,6 +768,13 @@ def test_checks_the_configuration_even_without_mongodb(command: Commands) -> Non
     assert found["task roots"]["level"] == found["interpreter"]["level"] == "FAIL"
     wrong = command("doctor", "--json", environment={"SUPERVISOR_WORKERS": "x"})
     assert (wrong.code, "SUPERVISOR_WORKERS" in wrong.out) == (2, True)
+    for options in ([], ["--json"]):
+        answer = command("doctor", *options, environment={"SUPERVISOR_MONGO_URI": "mongodb://127.0.0.1:1/"})
+        assert (answer.code, answer.err.count("\n")) == (3, 1)
+        assert answer.err.startswith("error: ") and "cannot be reached" in answer.err
+        answer = command("doctor", *options, environment={"SUPERVISOR_WORKERS": "x"})
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert answer.err.startswith("error: SUPERVISOR_WORKERS: ")
 
 
 def test_finds_the_other_distribution_of_this_name(command: Commands, tmp_path: Path) -> None:

@@ -196,6 +196,9 @@ def test_submit_refuses_a_key_that_is_taken(producer: Commands, manager: JobMana
     answer = producer.producer("submit", "--unique-key", "one", "job.py")
     assert (answer.code, answer.out) == (1, "")
     assert str(first["_id"]) in answer.err
+    answer = producer.producer("submit", "--json", "--unique-key", "one", "job.py")
+    assert (answer.code, answer.err) == (1, f"error: {answer.document['error']}\n")
+    assert str(first["_id"]) in answer.document["error"]
 
 
 def test_submit_warns_of_a_script_that_is_not_there(producer: Commands, manager: JobManager) -> None:
