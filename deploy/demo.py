@@ -1,8 +1,10 @@
-"""The main job, end to end: a supervisor on the embedded MongoDB, the three sample jobs, and what became of them."""
+"""The main job, end to end: a supervisor on the embedded MongoDB, the three sample jobs, and what became of them.
+
+However this ends, the supervisor that it started is drained: by Ctrl-C, by SIGTERM, by the kernel if this is killed.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -15,27 +17,34 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from supervisor import JobManager, Status
+from supervisor.cli.arguments import Parser, duration
+from supervisor.cli.main import guarded
+from supervisor.errors import SupervisorError
+from supervisor.processes import die_with_parent
 from supervisor.settings import load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_SECONDS = 60
+TERMINATED = 128 + signal.SIGTERM
 COLOURS = {"pending": "yellow", "running": "cyan", "completed": "green", "failed": "red", "cancelled": "magenta"}
 
 console = Console()
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = Parser(prog="sh deploy/demo.sh", description=__doc__)
     options.add_argument("--stay", action="store_true", help="keep the supervisor running afterwards; Ctrl-C drains it")
-    options.add_argument("--delay", default="60", help="seconds until the scheduled sample job (default: 60)")
+    options.add_argument("--delay", type=delay, default="60s", help="until the scheduled sample job (default: 60s)")
     chosen = options.parse_args()
+    signal.signal(signal.SIGTERM, terminated)
     os.chdir(REPOSITORY)
     port = load_settings().metrics_port or 9108
     if is_taken(port):
@@ -44,28 +53,48 @@ def main() -> int:
     with supervisor(port) as process:
         ids = submit(chosen.delay)
         with JobManager() as manager:
-            documents = follow(manager, ids)
+            documents = follow(manager, ids, process)
         summarize(documents, port)
         if chosen.stay:
             console.print("\nThe supervisor stays, in the foreground. Ctrl-C drains and ends it.")
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
                 process.wait()
     return 0
+
+
+def delay(text: str) -> str:
+    """A time span as the producer takes it."""
+    duration(text)
+    return text
+
+
+def terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)
 
 
 @contextlib.contextmanager
 def supervisor(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """Runs until the end of the block, and is then drained as an operator would."""
     console.rule("python -m supervisor")
-    process = subprocess.Popen([sys.executable, "-m", "supervisor"])
+    parent = os.getpid()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "supervisor"], preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM)
+    )
     try:
         wait_until_ready(process, port)
         yield process
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # further ones change nothing
         if process.poll() is None:
             console.rule("SIGTERM: drain")
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
+        wait_for_end(process)
+
+
+def wait_for_end(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C goes to the supervisor, too, which then stops its jobs: it is waited for all the same."""
+    while process.poll() is None:
         with contextlib.suppress(KeyboardInterrupt):
             process.wait()
 
@@ -79,17 +108,19 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
             return
         time.sleep(0.1)
-    sys.exit(f"error: the supervisor was not ready after {START_SECONDS} s")
+    raise SupervisorError(f"the supervisor was not ready after {START_SECONDS} s")
 
 
 def submit(delay: str) -> list[str]:
     console.rule(f"python -m supervisor.producer demo --delay {delay}")
     command = [sys.executable, "-m", "supervisor.producer", "demo", "--json", "--delay", delay]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if answer.returncode != 0:
+        sys.exit(answer.returncode)  # it has said why
     return [json.loads(line)["id"] for line in answer.stdout.splitlines()]
 
 
-def follow(manager: JobManager, ids: list[str]) -> list[dict[str, Any]]:
+def follow(manager: JobManager, ids: list[str], process: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
     """Shows the jobs until all have ended."""
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         while True:
@@ -97,6 +128,8 @@ def follow(manager: JobManager, ids: list[str]) -> list[dict[str, Any]]:
             live.update(table(documents))
             if all(Status(document["status"]).is_final for document in documents):
                 return documents
+            if process.poll() is not None:
+                raise SupervisorError("the supervisor has ended before the jobs")
             time.sleep(0.25)
 
 
@@ -163,4 +196,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))
