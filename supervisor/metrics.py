@@ -209,6 +209,15 @@ def _is_presentable(value: str) -> bool:
         return False
 
 
+def _children(metric: Any) -> list[tuple[Labels, Any]]:
+    """Each series of a metric. The library has no public way to read, or to add to, a histogram as a whole."""
+    return list(metric._metrics.items()) if metric._labelnames else [((), metric)]
+
+
+def _child(metric: Any, labels: list[str]) -> Any:
+    return metric.labels(*labels) if labels else metric
+
+
 class Metrics:
     """The instruments of one supervisor in a registry of their own; safe to use from several threads."""
 
@@ -259,38 +268,32 @@ class Metrics:
 
     def totals(self) -> bytes:
         """Everything that only grows, as JSON: for the keeper that comes after this one."""
-        values = {
-            instrument.name: [
-                [sample.name, sample.labels, sample.value] for family in metric.collect() for sample in family.samples
-            ]
-            for instrument in INSTRUMENTS
-            if (metric := self._counters.get(instrument.name) or self._histograms.get(instrument.name))
+        counters = {
+            name: [[labels, child._value.get()] for labels, child in _children(counter)]
+            for name, counter in self._counters.items()
         }
-        return json.dumps(values).encode()
+        histograms = {
+            name: [
+                [labels, [one.get() for one in child._buckets], child._sum.get()] for labels, child in _children(each)
+            ]
+            for name, each in self._histograms.items()
+        }
+        return json.dumps([counters, histograms]).encode()
 
     def carry_on(self, totals: bytes) -> None:
-        """Adds what an earlier keeper counted."""
-        for name, samples in json.loads(totals).items():
-            before: dict[str, float] = {}
-            for sample, labels, value in samples:
-                if name in self._counters and sample.endswith("_total"):
-                    self._of(self._counters[name], labels).inc(value)
-                elif name in self._histograms and sample.endswith("_bucket"):
-                    bound, series = labels.pop("le"), json.dumps(labels)
-                    in_bucket, before[series] = value - before.get(series, 0.0), value
-                    self._add_to_bucket(self._of(self._histograms[name], labels), float(bound), in_bucket)
-                elif name in self._histograms and sample.endswith("_sum"):
-                    self._of(self._histograms[name], labels)._sum.inc(value)
-        for _, labels, _ in json.loads(totals).get("jobs_claimed_total", []):
-            self._shown.setdefault("queue_jobs", set()).add(self._queues.fold(labels["queue"]))
-
-    def _of(self, metric: Any, labels: dict[str, str]) -> Any:
-        return metric.labels(**labels) if labels else metric
-
-    def _add_to_bucket(self, histogram: Any, bound: float, count: float) -> None:
-        """The library has no public way to add to a histogram what was observed elsewhere."""
-        if bound in histogram._upper_bounds:
-            histogram._buckets[histogram._upper_bounds.index(bound)].inc(count)
+        """Adds what an earlier keeper, of this program, has counted."""
+        counters, histograms = json.loads(totals)
+        for name, series in counters.items():
+            for labels, value in series:
+                _child(self._counters[name], labels).inc(value)
+        for name, series in histograms.items():
+            for labels, buckets, total in series:
+                child = _child(self._histograms[name], labels)
+                for bucket, count in zip(child._buckets, buckets, strict=True):
+                    bucket.inc(count)
+                child._sum.inc(total)
+        claimed_from = (labels[0] for labels, _ in counters["jobs_claimed_total"])
+        self._shown["queue_jobs"] = {self._queues.fold(queue) for queue in claimed_from}
 
     def record(self, beat: Beat) -> None:
         """The state of the pool, and what happened in it since the last beat. Jobs that were handed back are

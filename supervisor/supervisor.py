@@ -71,7 +71,7 @@ BEAT_SECONDS = 0.1
 SWEEP_SECONDS = 0.01
 ANSWER_SECONDS = 1.0
 """A claimed job waits no longer to hear whether it may start: another worker's claim may hang."""
-MAX_AHEAD = 16
+MAX_AHEAD = 32
 CAUTIOUS_SECONDS = 30.0
 PRELOAD_SECONDS = 600.0
 """How long the warm interpreter may take to import what it is to preload."""

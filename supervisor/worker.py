@@ -65,7 +65,7 @@ from supervisor.store.transitions import Demand, Move, Owner
 FLUSH_SECONDS = 1.0
 LOW_WATER = 4
 """With so few jobs left that were claimed ahead, more are asked for."""
-RESULTS_TOGETHER = 16
+RESULTS_TOGETHER = 32
 RESULTS_WAIT_SECONDS = 0.05
 """While other jobs run, outcomes are written together, and wait for each other at most this long."""
 NEVER = float("inf")

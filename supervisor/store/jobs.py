@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from bson import ObjectId
 from bson.errors import InvalidDocument, InvalidId
-from pymongo import MongoClient, ReturnDocument, UpdateOne
+from pymongo import MongoClient, ReturnDocument, UpdateMany, UpdateOne
 from pymongo.collection import Collection
 from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError
 
@@ -263,16 +263,24 @@ class JobStore:
         """
         if len(moves) == 1:
             return [self.apply(moves[0], operation)]
+        # Statements about many are not recorded for a retry by the driver, which costs as much as half of a write; and
+        # a move that was made already does not match again, so they are repeated here.
+        plain = [UpdateMany(move.filter, move.plain or move.update) for move in moves]
+        try:
+            matched = self._write_all(plain, operation)
+        except StoreUnavailable:
+            matched = self._write_all([UpdateOne(move.filter, move.update) for move in moves], operation)
+        if matched == len(moves):
+            return [True] * len(moves)
+        return [self.was_applied(move) for move in moves]  # made at the first try, or somebody lost a job
+
+    def _write_all(self, statements: Sequence[UpdateMany | UpdateOne], operation: str) -> int:
+        """How many of them matched."""
         with self.operation(operation):
             try:
-                result = self.collection.bulk_write(
-                    [UpdateOne(move.filter, move.update) for move in moves], ordered=False
-                )
+                return self.collection.bulk_write(statements, ordered=False).matched_count
             except BulkWriteError as error:
                 raise first_failure(error) or error from None
-        if result.matched_count == len(moves):
-            return [True] * len(moves)
-        return [self.was_applied(move) for move in moves]  # somebody lost a job
 
     def was_applied(self, move: Move) -> bool:
         """Whether the document looks as this outcome leaves it: finished by the same attempt, held by nobody."""

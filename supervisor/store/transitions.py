@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from bson import MinKey
@@ -28,10 +29,15 @@ _REMOVED_WITH_THE_LOCK = ["lock", "cancel_requested"]
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One conditional write."""
+    """One conditional write.
+
+    `plain` does the same without a pipeline, at two thirds of the price; MongoDB refuses it where a field of the
+    document is not what it should be.
+    """
 
     filter: Document
     update: Pipeline
+    plain: Document | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +234,36 @@ def finish(
         fields["declared_memory"] = {
             "$ifNull": ["$declared_memory", {"$ifNull": ["$required_memory", DEFAULT_MEMORY_MB]}]
         }
-    return Move(held(job_id, token), [*_finished(fields), {"$unset": _REMOVED_WITH_THE_LOCK}])
+    update = [*_finished(fields), {"$unset": _REMOVED_WITH_THE_LOCK}]
+    is_usual = ran is not None and attempt == 1 and verdict.status is Status.COMPLETED
+    plain = _completed(outcome, ran, details, lines) if ran is not None and is_usual else None
+    return Move(held(job_id, token), update, plain)
+
+
+def _completed(outcome: Outcome, ran: tuple[int, int], details: Mapping[str, Any], lines: Sequence[str]) -> Document:
+    """What `finish` writes of a first attempt that completed."""
+    began, ended = (datetime.fromtimestamp(at / 1000, UTC) for at in ran)
+    stamp = ended.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    fields = {
+        "status": Status.COMPLETED.value,
+        "started_at": began,
+        "finished_at": ended,
+        "exit_code": outcome.exit_code,
+        "reason": None,
+        "error": None,
+        "attempts": 1,
+        **details,
+    }
+    if outcome.peak_memory_mb is not None:
+        fields["peak_memory"] = outcome.peak_memory_mb
+    entries = [f"[{stamp}] {line}" for line in lines]
+    return {
+        "$set": fields,
+        "$currentDate": {"updated_at": True},
+        "$inc": dict.fromkeys(counters(), 0),
+        "$push": {"logs": {"$each": entries, "$slice": -(KEPT_LOG_ENTRIES + len(entries))}},
+        "$unset": dict.fromkeys(_REMOVED_WITH_THE_LOCK, ""),
+    }
 
 
 def finish_bare(job_id: Any, token: str, outcome: Outcome, verdict: Verdict, *, attempt: int) -> Move:

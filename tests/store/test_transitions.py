@@ -201,3 +201,66 @@ def test_the_log_of_many_attempts_stays_small(job: Job) -> None:
         job.claim()
         assert job.finish(FAILURE, lines=["x" * 128_000])
     assert sum(len(line) for line in job.get()["logs"]) < 600_000
+
+
+# -- outcomes that are written together -------------------------------------------------------------------------------
+
+
+def completed(job: Job, *, attempt: int = 1) -> Move:
+    verdict = decide(SPEC, Counts(attempts=1), SUCCESS)
+    lines, details = ["completed", "--- STDOUT ---\n$x"], {"duration_seconds": 0.5}
+    ran = (1_800_000_000_000, 1_800_000_000_500)
+    return transitions.finish(job.id, "t", SUCCESS, verdict, attempt=attempt, ran=ran, details=details, lines=lines)
+
+
+def told(document: dict[str, Any]) -> dict[str, Any]:
+    """A document without what differs from write to write."""
+    logs = [line.partition("] ")[2] for line in document["logs"]]
+    kept = {name: value for name, value in document.items() if name not in ("_id", "created_at", "updated_at")}
+    return {**kept, "logs": logs, "scheduled_date": None}
+
+
+def test_outcomes_that_are_written_together_say_the_same_as_each_alone(manager: JobManager) -> None:
+    alone, *together = jobs = [Job(manager) for _ in range(3)]
+    for _ in jobs:
+        assert alone.claim() is not None
+    past = datetime(2027, 1, 15, 8, 0, 0, 500_000, tzinfo=UTC)
+    for job in jobs:
+        manager.jobs.collection.update_one({"_id": job.id}, {"$set": {"started_at": past}})
+    assert alone.make(completed(alone))
+    assert manager.jobs.apply_all([completed(job) for job in together], "finish") == [True, True]
+    assert all(completed(job).plain for job in together)
+    for job in together:
+        same = told(job.get())
+        expected = told(alone.get())
+        for name in ("started_at", "finished_at"):  # alone, what is in the future is now
+            assert same.pop(name) >= expected.pop(name)
+        assert same == expected
+        assert job.get()["finished_at"] == past
+
+
+@pytest.mark.parametrize(("field", "value"), [("failures", "many"), ("logs", "none"), ("losses", [1])])
+def test_an_odd_document_among_others_is_finished_like_them(manager: JobManager, field: str, value: Any) -> None:
+    odd, *others = jobs = [Job(manager) for _ in range(3)]
+    for _ in jobs:
+        assert odd.claim() is not None
+    manager.jobs.collection.update_one({"_id": odd.id}, {"$set": {field: value}})
+    assert manager.jobs.apply_all([completed(job) for job in jobs], "finish") == [True, True, True]
+    for job in jobs:
+        document = job.get()
+        assert (document["status"], "lock" in document, document["failures"], document["losses"]) == (
+            "completed",
+            False,
+            0,
+            0,
+        )
+    assert sum("completed" in line for line in others[0].get()["logs"]) == 1, "written once"
+
+
+def test_of_outcomes_that_are_written_together_a_lost_one_is_told(manager: JobManager) -> None:
+    lost, kept = Job(manager), Job(manager)
+    for _ in range(2):
+        assert lost.claim() is not None
+    manager.jobs.collection.update_one({"_id": lost.id}, {"$set": {"lock.token": "another's"}})
+    assert manager.jobs.apply_all([completed(lost), completed(kept)], "finish") == [False, True]
+    assert lost.get()["status"] == "running"
