@@ -61,6 +61,8 @@ USAGE_INTERVAL_SECONDS = 1.0
 FIRST_LOOK_SECONDS = 0.01
 SPARE_AFTER_SECONDS = 0.02
 """A runner that was idle for this long forks ahead; with a backlog, forking ahead wins nothing."""
+HEAD_START_MS = 5
+"""How long a new job has the processor to itself before the runner does anything that can wait."""
 WARN_SHARE = 0.9
 TRACEBACK_SECONDS = 0.005
 """The kill waits no longer for a traceback."""
@@ -239,6 +241,8 @@ class Runner:
                 return None
             if pid == 0:
                 return self._enter(prepared, stdout, stderr, runner_pid)
+            # What is written from here on must be copied as long as the job has the same pages: many jobs end first.
+            self._poll.poll(HEAD_START_MS)
             child.after_fork(prepared)
         os.close(stdout)
         os.close(stderr)
