@@ -2,7 +2,7 @@
 
     runner ──fork──► init ──fork──► job ──► whatever it starts
 
-A daemon that left the session and cleared its environment could hide from the next supervisor when all of ours are
+A daemon that takes off its marks (orphans.py) on purpose could hide from the next supervisor when all of ours are
 killed at once. Not here: `init` is process 1 of the namespace and dies with the runner, and the kernel ends a namespace
 with its process 1. It adopts orphans, and when the job's main process has ended it reports how, and ends.
 

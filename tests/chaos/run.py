@@ -24,7 +24,6 @@ from tests.chaos.history import Expected, History, plain, read_records
 from tests.chaos.nemesis import DISK, NETWORK, WEIGHTS, Nemesis, schedule
 from tests.support.waiting import wait_until
 
-HIDING = "hiding"
 SETTLE_SECONDS = 60.0
 """A run that makes no progress for so long, with everything mended, hangs."""
 TOO_LATE = re.compile(r" spooled_result_too_late | spooled_result_written .*held=(?:no|false)", re.IGNORECASE)
@@ -49,16 +48,6 @@ class Options:
     bug: str | None = None
     keep: Path | None = None
     """Where the history goes when the verdict is bad."""
-
-    @property
-    def kills_everything(self) -> bool:
-        """Daemons that clear their environment can hide when all of a supervisor is killed at once: that is its
-        documented limit. So a run has either the one or the other: odd seeds the daemons, even ones the fault."""
-        return self.seed % 2 == 0 or HIDING not in self.kinds
-
-    @property
-    def kinds_in_use(self) -> list[str]:
-        return [kind for kind in self.kinds if kind != HIDING or not self.kills_everything]
 
 
 @dataclass(slots=True)
@@ -112,7 +101,7 @@ class _Run:
         self._say = say
         self._manager = JobManager(cluster.replica_set.uri, cluster.db_name)
         self._planned = workload.plan(
-            options.seed, options.jobs, lease_seconds=options.lease_seconds, kinds=options.kinds_in_use
+            options.seed, options.jobs, lease_seconds=options.lease_seconds, kinds=options.kinds
         )
         self._records = cluster.directory / "records"
         self._documents = [workload.document_of(planned, self._records) for planned in self._planned]
@@ -152,8 +141,6 @@ class _Run:
             left_out |= dict.fromkeys(NETWORK | DISK, f"no namespaces: {cluster.why_not_enclosed}")
         if cluster.clock is None:
             left_out["step_clock"] = "there is no C compiler"
-        if not options.kills_everything:
-            left_out["kill_everything"] = "this seed has daemons that hide instead"
         left_out = {name: reason for name, reason in left_out.items() if name in options.faults}
         faults = schedule(
             options.seed,
