@@ -67,6 +67,9 @@ def _client(uri: str, app: str, selection_timeout_seconds: float) -> MongoClient
             serverSelectionTimeoutMS=round(selection_timeout_seconds * 1000),
             connectTimeoutMS=10_000,
             maxIdleTimeMS=600_000,
+            # Streaming costs a connection and a thread that wakes twice a second in every worker; an operation that
+            # fails looks for the new primary anyway.
+            serverMonitoringMode="poll",
         )
 
 
