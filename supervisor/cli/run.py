@@ -63,18 +63,20 @@ class EndedEarly(BaseException):
 
 
 def end_early(number: int, frame: object) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.1)  # again, if it is raised where the interpreter drops it, as beside a fork
     raise EndedEarly
 
 
 def run(settings: Settings) -> int:
     """Supervises until a signal ends it; returns the exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
         signal.signal(number, end_early)
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)  # there is nothing yet to reload, to show or to resize
     try:
         return _run(settings)
     except EndedEarly:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
         return 0
 
 

@@ -255,9 +255,10 @@ def test_cancelling(isolated: RunningSupervisor, jobs: Jobs) -> None:
 
 
 def test_a_job_that_cannot_be_started_says_so(start_supervisor: Start, jobs: Jobs) -> None:
-    python = jobs.script("#!/missing/interpreter\n", "python")
+    python = jobs.script(f'#!/bin/sh\nexec {sys.executable} "$@"\n', "python")
     python.chmod(0o755)
     start_supervisor(isolation="pidns", python=python)
+    jobs.script("#!/missing/interpreter\n", "python")
     document = jobs.run("pass", start_method="exec")
     assert (document["status"], document["reason"], document["exit_code"]) == ("failed", "start_failed", None)
     assert document["error"].startswith("could not be started: No such file or directory")

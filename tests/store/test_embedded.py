@@ -265,7 +265,7 @@ def test_mongod_dies_with_its_guardian_and_is_revived(data_dir: Path) -> None:
     assert mongo.revive() is False
     first.kill()
     wait_until(lambda: has_ended(mongod), what="mongod has died with its guardian")
-    assert mongo.guardian_pid is None
+    wait_until(lambda: mongo.guardian_pid is None, what="the guardian has ended, too")
     wait_until(mongo.revive, what="the guardian is started again")
     assert mongo.revive() is False
     with jobs(mongo.uri) as collection:
