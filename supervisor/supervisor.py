@@ -318,6 +318,9 @@ class Supervisor:
         lease = self._settings.lease_seconds
         deadline = clock() + lease - lease_margin(lease)
         for job in claimed.jobs:
+            self._log.debug(
+                "job_claimed", job_id=job.job_id, attempt=job.attempt, queue=job.queue, memory_mb=job.memory_mb
+            )
             self._held[job.token] = Held(job, slot, claimed.grant, deadline=deadline)
         memory_mb = sum(job.memory_mb for job in claimed.jobs)  # all of them are `running` in MongoDB
         if claimed.waits:
@@ -632,7 +635,8 @@ class Supervisor:
         overdue = lease_margin(self._settings.lease_seconds) / 2
         for held in self._held.values():
             if held.slot.grants and held.slot.runner.alive and now > held.deadline + overdue:
-                self._log.error("runner_overdue", slot=held.slot.number, job_id=held.job.job_id)
+                job = held.job
+                self._log.error("runner_overdue", slot=held.slot.number, job_id=job.job_id, attempt=job.attempt)
                 self._pool.kill_runner(held.slot)
 
     def _look_after_host(self) -> None:

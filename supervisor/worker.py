@@ -402,7 +402,7 @@ class Worker:
         def done(answer: Any) -> None:
             self._writing -= 1
             if isinstance(answer, Exception):
-                self._log.warning(f"{operation}_failed", job_id=attempt.job_id, error=answer)
+                self._log.warning(f"{operation}_failed", job_id=attempt.job_id, attempt=attempt.number, error=answer)
 
         self._thread.submit(lambda: self._store.apply(move, operation), done)
 
@@ -525,7 +525,7 @@ class Worker:
         def flushed(answer: Any) -> None:
             self._timers.flushing = False
             if isinstance(answer, Exception):
-                self._log.warning("output_delayed", job_id=attempt.job_id, error=answer)
+                self._log.warning("output_delayed", job_id=attempt.job_id, attempt=attempt.number, error=answer)
             if self._current is not None and self._current.output is not None and self._current.output.has_news:
                 self._timers.flush = clock() + FLUSH_SECONDS
 
@@ -630,7 +630,7 @@ class Worker:
                 self._spool.put(attempt.token, result.spooled())
                 return True, True
             except OSError as problem:
-                self._log.error("spool_failed", job_id=attempt.job_id, error=problem)
+                self._log.error("spool_failed", job_id=attempt.job_id, attempt=attempt.number, error=problem)
                 time.sleep(1.0)  # neither the disk nor MongoDB takes it: one of them will
                 with contextlib.suppress(StoreUnavailable):
                     return self._store.apply(result.move, "finish"), False

@@ -388,7 +388,10 @@ class Runner:
     def _warn(self, attempt: Attempt, used: int) -> None:
         """Once, so that the job can write a checkpoint before it is killed."""
         attempt.warned = True
-        attempt.story.append(f"used {used // MB} MB of {attempt.run.limit_mb} MB: warned by SIGUSR1, as it asked")
+        after = clock() - attempt.started
+        attempt.story.append(
+            f"after {after:.1f} s: used {used // MB} MB of {attempt.run.limit_mb} MB, warned by SIGUSR1, as it asked"
+        )
         self._signal_main(attempt, signal.SIGUSR1)
 
     def _signal_main(self, attempt: Attempt, number: int) -> None:
@@ -405,7 +408,7 @@ class Runner:
         if not attempt.warm or ours is None or theirs is None or theirs.image != ours.image or theirs.ended:
             return  # another program by now: the signal would end it
         self._signal_main(attempt, child.TRACEBACK_SIGNAL)
-        attempt.story.append("where its threads were then is at the end of its standard error")
+        attempt.story.append("asked where its threads are: the answer ends its standard error, if it could write it")
         give_up = clock() + TRACEBACK_SECONDS
         while clock() < give_up and has_pending_signal(theirs.pid, child.TRACEBACK_SIGNAL):
             time.sleep(0.0005)
