@@ -355,8 +355,7 @@ class Supervisor:
     def _finished(self, finished: Finished) -> None:
         self._news.finished += finished.jobs
         self._news.operations += finished.operations
-        for token in (*finished.returned, *(job.token for job in finished.jobs)):
-            self._let_go(token)
+        self._let_go([*finished.returned, *(job.token for job in finished.jobs)])
         for job in finished.jobs:
             report = self._log.info if job.status == "completed" else self._log.warning
             report(
@@ -370,11 +369,11 @@ class Supervisor:
                 peak_mb=job.peak_memory_mb,
             )
 
-    def _let_go(self, token: str) -> None:
-        """MongoDB knows that the job runs no more: with the last one of a grant its memory is free."""
-        held = self._held.pop(token, None)
-        if held is not None and not any(other.grant == held.grant for other in self._held.values()):
-            self._budget.release(held.grant)
+    def _let_go(self, tokens: Collection[str]) -> None:
+        """MongoDB knows that these jobs run no more: with the last one of a grant its memory is free."""
+        over = {held.grant for token in tokens if (held := self._held.pop(token, None)) is not None}
+        for grant in over - {held.grant for held in self._held.values()}:
+            self._budget.release(grant)
 
     def _warm_is_ready(self, ready: WarmReady, child: Child) -> None:
         if child is not self._warm:
