@@ -58,8 +58,6 @@ class Attempt:
     unremoved: list[int] = dataclasses.field(default_factory=list)
     """Chunks (by `seq`) that MongoDB still has to drop."""
     ended: Ended | None = None
-    started: float = 0.0
-    """On `processes.clock()`."""
 
     @property
     def key(self) -> Any:
@@ -80,10 +78,9 @@ class Attempt:
 
     def ran(self, server: ServerClock) -> tuple[int, int] | None:
         """When it began and ended, in milliseconds on the server's clock; None when it never started."""
-        if self.ended is None:
+        if self.ended is None or not self.ended.gone:
             return None
-        began, ended = self.started, self.started + self.ended.duration_seconds
-        return server.milliseconds(began), server.milliseconds(ended)
+        return server.milliseconds(self.ended.began), server.milliseconds(self.ended.gone)
 
     def claimed(self) -> ClaimedJob:
         queue = self.document.get("queue")

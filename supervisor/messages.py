@@ -244,6 +244,9 @@ class Ended:
     """Further lines for the job's log: why it was not warm, the processes of an overrun, a traceback."""
     samples: list[tuple[float, int]]
     """Seconds since the start, and MB in use."""
+    began: float = 0.0
+    gone: float = 0.0
+    """When it was started, and when nothing of it was left, on `processes.clock()`; 0 if it never had a process."""
 
 
 # -- supervisor and warm interpreter ----------------------------------------------------------------------------------

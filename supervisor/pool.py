@@ -132,6 +132,8 @@ class Slot:
     """Whether its jobs are short and run out."""
     mean_seconds: float = 1.0
     dying_since: float | None = None
+    crashed: bool = False
+    """Whether it died without having been asked to."""
 
     def update_state(self) -> None:
         """From what it holds; a slot that starts, retires or is gone stays so."""
@@ -300,6 +302,7 @@ class WorkerPool:
         if slot.dying_since is None:
             slot.dying_since = clock()
             if slot.state is not SlotState.RETIRING:
+                slot.crashed = True
                 self._log.warning("slot_lost", slot=slot.number, first=child.role, pid=child.pid, exit_code=exit_code)
                 self.restarts.append(f"{child.role}_died")
                 self._note_life(slot, clock() - child.started_at)

@@ -16,19 +16,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from supervisor.claims import Claims
 from supervisor.errors import ConfigurationError
 from supervisor.events import Logger, logger
 from supervisor.job import lease_margin
 from supervisor.memory.budget import Budget
 from supervisor.memory.host import default_budget_mb, pressure
 from supervisor.messages import (
-    AHEAD_SECONDS,
-    Admit,
     Beat,
     CancelRequested,
     Channel,
     ChannelClosed,
-    Claim,
     Claimed,
     ClaimedJob,
     Extend,
@@ -45,7 +43,6 @@ from supervisor.messages import (
     PreloadChanged,
     Preloading,
     QueueHead,
-    Refuse,
     Released,
     Renewed,
     Retire,
@@ -69,10 +66,6 @@ TICK_SECONDS = 1.0
 BEAT_SECONDS = 0.1
 """At most so often the keeper hears what happened; at least once a tick."""
 SWEEP_SECONDS = 0.01
-ANSWER_SECONDS = 1.0
-"""A claimed job waits no longer to hear whether it may start: another worker's claim may hang."""
-MAX_AHEAD = 32
-CAUTIOUS_SECONDS = 30.0
 PRELOAD_SECONDS = 600.0
 """How long the warm interpreter may take to import what it is to preload."""
 STOP_SECONDS = 15.0
@@ -97,14 +90,6 @@ class Held:
     grant: int
     used_mb: int = 0
     deadline: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A worker has claimed a job, and waits to hear whether it fits into the budget."""
-
-    slot: Slot
-    asked_at: float
 
 
 @dataclass(slots=True)
@@ -142,6 +127,7 @@ class Supervisor:
         self._pool.desired = settings.workers
         self._default_budget_mb = default_budget_mb()  # of the start: later, running jobs use some of it
         self._budget = Budget(settings.memory_budget or self._default_budget_mb)
+        self._claims = Claims(self._pool, self._budget)
         self._run_keeper = run_keeper
         self._start_warm = start_warm
         self._reload = reload
@@ -160,14 +146,6 @@ class Supervisor:
         self._store_up = True
         self._held: dict[str, Held] = {}
         self._lost_workers: list[WorkerLost] = []
-        self._announced = 0
-        self._looked_mb = 0
-        """How large a job could have been that the last look at the queue would have found."""
-        self._grants = 0
-        self._asking: dict[int, Question] = {}
-        """Grants whose workers have claimed, and wait for an answer."""
-        self._claiming_ahead: int | None = None
-        self._cautious_until = 0.0
         self._news = News()
         self._beat_at = 0.0
         self._tick_at = 0.0
@@ -189,8 +167,9 @@ class Supervisor:
                 self._dispatch(key)
             self._replace_the_dead()
             self._pool.retire_outdated()
-            self._answer_claims()
-            self._grant_claims()
+            self._claims.answer(may_start=self.phase is Phase.RUNNING)
+            if self.phase is Phase.RUNNING and self._keeper_ready and self._store_up:
+                self._claims.grant()
             self._tick()
             self._advance_shutdown()
         return 0
@@ -256,7 +235,7 @@ class Supervisor:
             case NothingDue(), Slot():
                 self._nothing_due(message, owner)
             case Released(), Slot():
-                self._released(message, owner)
+                self._claims.released(message, owner)
             case Finished(), Slot():
                 self._finished(message)
             case Hungry(), Slot():
@@ -283,9 +262,9 @@ class Supervisor:
                 pass  # from one that was replaced
             case KeeperReady(), Child():
                 self._keeper_ready = self._store_up = True
-                self._look_at_queue()
+                self._claims.look()
             case Wake(), Child():
-                self._wake(message)
+                self._claims.wake(message.count)
             case Renewed(), Child():
                 self._renewed(message)
             case LeasesLost(), Child():
@@ -294,12 +273,9 @@ class Supervisor:
                 self._stop_jobs([message.token], Ending.CANCELLED)
             case StoreState(), Child():
                 self._store_up = message.up
-                self._look_at_queue()
+                self._claims.look()
             case QueueHead(), Child():
-                kept = self._budget.kept
-                self._budget.head(clock(), message.memory_mb)
-                if self._budget.kept < kept:
-                    self._look_at_queue()
+                self._claims.head(message.memory_mb)
             case Pong(), _:
                 pass
             case _:
@@ -312,9 +288,6 @@ class Supervisor:
     def _claimed(self, claimed: Claimed, slot: Slot) -> None:
         self._news.claimed += claimed.jobs
         self._news.operations += claimed.operations
-        self._answered(slot, claimed.grant)
-        slot.grants.add(claimed.grant)
-        slot.update_state()
         lease = self._settings.lease_seconds
         deadline = clock() + lease - lease_margin(lease)
         for job in claimed.jobs:
@@ -322,35 +295,13 @@ class Supervisor:
                 "job_claimed", job_id=job.job_id, attempt=job.attempt, queue=job.queue, memory_mb=job.memory_mb
             )
             self._held[job.token] = Held(job, slot, claimed.grant, deadline=deadline)
-        memory_mb = sum(job.memory_mb for job in claimed.jobs)  # all of them are `running` in MongoDB
-        if claimed.waits:
-            self._budget.ask(claimed.grant, memory_mb)
-            self._asking[claimed.grant] = Question(slot, clock())
-        else:
-            self._budget.settle(claimed.grant, memory_mb)
-        if slot.asks:  # found by looking, not announced: there may be more
-            self._ask_another()
+        self._claims.claimed(claimed, slot)
 
     def _nothing_due(self, nothing: NothingDue, slot: Slot) -> None:
         self._news.operations += nothing.operations
-        self._answered(slot, nothing.grant)
-        self._budget.settle(nothing.grant, None)
-        slot.asks, slot.asks_again, slot.hungry = slot.asks_again, False, False
-        slot.update_state()
         if nothing.error is not None:
             self._log.warning("claim_failed", error=nothing.error)
-            self._announced = 0
-
-    def _answered(self, slot: Slot, grant: int) -> None:
-        slot.claiming = None
-        if self._claiming_ahead == grant:
-            self._claiming_ahead = None
-
-    def _released(self, released: Released, slot: Slot) -> None:
-        slot.grants.discard(released.grant)
-        slot.update_state()
-        if slot.state is SlotState.IDLE:
-            slot.asks = True
+        self._claims.nothing_due(nothing, slot)
 
     def _finished(self, finished: Finished) -> None:
         self._news.finished += finished.jobs
@@ -373,7 +324,7 @@ class Supervisor:
         """MongoDB knows that these jobs run no more: with the last one of a grant its memory is free."""
         over = {held.grant for token in tokens if (held := self._held.pop(token, None)) is not None}
         for grant in over - {held.grant for held in self._held.values()}:
-            self._budget.release(grant)
+            self._claims.written(grant)
 
     def _warm_is_ready(self, ready: WarmReady, child: Child) -> None:
         if child is not self._warm:
@@ -397,92 +348,6 @@ class Supervisor:
             held = self._held.get(token)
             if held is not None:
                 held.slot.runner.send(Stop(token, ending.value, now))
-
-    # -- claims -------------------------------------------------------------------------------------------------------
-
-    def _wake(self, wake: Wake) -> None:
-        if wake.count:
-            self._announced += wake.count
-        else:
-            self._look_at_queue()
-
-    def _look_at_queue(self) -> None:
-        """One idle worker looks; when it finds something, the next one does."""
-        self._ask_another()
-        self._look_again()
-
-    def _look_again(self) -> None:
-        """A claim that is under way may have looked before what is announced now was there."""
-        for slot in self._pool.slots.values():
-            slot.asks_again = slot.asks_again or slot.claiming is not None
-
-    def _ask_another(self) -> None:
-        for slot in self._pool.slots.values():
-            if slot.state is SlotState.IDLE and not slot.asks:
-                slot.asks = True
-                return
-
-    def _answer_claims(self) -> None:
-        """Tells workers whether what they have claimed may start."""
-        if not self._asking:
-            return
-        answers = dict(self._budget.answers())
-        for grant, question in list(self._asking.items()):
-            waited = grant not in answers and clock() - question.asked_at > ANSWER_SECONDS
-            if waited or self.phase is not Phase.RUNNING:
-                self._budget.settle(grant, None)
-                answers[grant] = False
-            if grant in answers:
-                question.slot.worker.send(Admit(grant) if answers[grant] else Refuse(grant))
-                del self._asking[grant]
-
-    def _grant_claims(self) -> None:
-        if self.phase is not Phase.RUNNING or not self._keeper_ready or not self._store_up:
-            return
-        up = [slot for slot in self._pool.slots.values() if slot.generation == self._pool.generation]
-        idle = [slot for slot in up if slot.state is SlotState.IDLE]
-        idle.sort(key=lambda slot: not slot.asks)  # one that looks anyway spares the others the look for more memory
-        for count, slot in enumerate(idle):
-            if slot.asks or self._announced or self._budget.room(clock()) > self._looked_mb:
-                self._looked_mb = self._grant(slot, idle=len(idle) - count)
-        if any(slot.state is SlotState.IDLE for slot in up):
-            return
-        if self._announced:
-            self._look_again()
-            self._announced = 0  # nobody is idle, and whoever becomes idle after a job looks by itself
-        for slot in up:
-            if slot.hungry and slot.state is SlotState.BUSY and slot.claiming is None and self._may_claim_ahead():
-                self._looked_mb = min(self._looked_mb, self._grant(slot, idle=1))
-
-    def _grant(self, slot: Slot, *, idle: int) -> int:
-        """Lets a worker claim, as much as there is room for; returns the limit in MB, 0 where it may not."""
-        count = self._how_many(slot, idle)
-        self._grants += 1
-        offer = self._budget.offer(clock(), self._grants, idle=idle)
-        if offer is None:
-            return 0
-        share_mb = offer.limit_mb // max(1, len(self._pool.slots))  # the others want to claim, too
-        if not slot.worker.send(Claim(self._grants, offer.limit_mb, offer.sure_mb, count, share_mb)):
-            self._budget.settle(self._grants, None)
-            return 0
-        if not slot.asks and not slot.hungry:
-            self._announced = max(0, self._announced - 1)
-        slot.claiming, slot.asks_again, slot.hungry = self._grants, False, False
-        slot.update_state()
-        if count > 1:
-            self._claiming_ahead = self._grants
-        return offer.limit_mb
-
-    def _may_claim_ahead(self) -> bool:
-        """One worker at a time claims several jobs: two would take them from each other. None does after a crash,
-        whose cause may be the next job: claimed alone, it counts against that job."""
-        return self._claiming_ahead is None and clock() >= self._cautious_until
-
-    def _how_many(self, slot: Slot, idle: int) -> int:
-        """Several jobs at once where they are short and nobody else would take them sooner."""
-        if idle > 1 or not self._may_claim_ahead():
-            return 1
-        return max(1, min(MAX_AHEAD, int(AHEAD_SECONDS / max(slot.mean_seconds, 0.001))))
 
     # -- children -----------------------------------------------------------------------------------------------------
 
@@ -549,12 +414,7 @@ class Supervisor:
 
     def _slot_gone(self, slot: Slot) -> None:
         """No process of it is left: what its worker held may be given to anyone."""
-        for grant in {*slot.grants, slot.claiming}:
-            if grant is not None:
-                self._answered(slot, grant)
-                self._asking.pop(grant, None)
-                self._budget.release(grant)
-        self._cautious_until = clock() + CAUTIOUS_SECONDS
+        self._claims.slot_gone(slot)
         for token in [token for token, held in self._held.items() if held.slot is slot]:
             del self._held[token]
         retired = slot.worker_name == ""
@@ -651,7 +511,7 @@ class Supervisor:
         elif why is None and self._budget.paused is not None:
             self._log.info("claiming_resumed")
             self._budget.resume()
-            self._look_at_queue()
+            self._claims.look()
         elif why is not None:
             self._budget.pause(why)
 
@@ -796,7 +656,7 @@ class Supervisor:
             keeper_pid=self._keeper.pid if self._keeper else None,
             warm_pid=self._warm.pid if self._warm else None,
             mongodb="up" if self._store_up else "down",
-            announced=self._announced,
+            announced=self._claims.announced,
         )
 
     # -- shutdown -----------------------------------------------------------------------------------------------------

@@ -440,7 +440,6 @@ class Worker:
         spec, settings = attempt.spec, self._settings
         attempt.output = OutputCapture(round(settings.log_limit * MB))
         self._current = attempt
-        attempt.started = clock()
         self._timers.patience = self._pace.started()
         write_ends = [self._open_stream("stdout"), self._open_stream("stderr")]
         environment = {

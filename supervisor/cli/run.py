@@ -25,6 +25,7 @@ from supervisor.memory.cgroup import MemoryGroups, NoControlGroups
 from supervisor.messages import Channel
 from supervisor.metrics import Metrics
 from supervisor.pool import Child
+from supervisor.processes import die_with_parent
 from supervisor.settings import (
     Settings,
     check_for_supervising,
@@ -228,6 +229,7 @@ class Host:
         return worker.run()
 
     def run_keeper(self, supervisor: Channel) -> int:
+        die_with_parent(self._pid, signal.SIGKILL)  # even when it is stopped: it holds the HTTP server's port
         metrics = Metrics(
             version=_version(),
             host=self._host,

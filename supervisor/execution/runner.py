@@ -473,6 +473,8 @@ class Runner:
                 leftovers=leftovers,
                 story=attempt.story,
                 samples=self._samples(attempt),
+                began=attempt.started,
+                gone=clock(),
             )
         )
         if attempt.monitor is not None:
