@@ -4,8 +4,9 @@
     supervisor ◄─Wake, Renewed, LeasesLost, CancelRequested, StoreState── keeper ◄── change stream
 
 The main loop only listens to the supervisor, so it answers while MongoDB hangs. Four threads wait for MongoDB: one
-keeps leases and must never queue behind a slow question, one asks the slow questions, one listens to changes, and the
-HTTP server's. When the keeper dies, the supervisor starts another one: everything it knows comes with the next beat.
+keeps leases and one wakes the pool, which must never queue behind a slow question, one asks the slow questions, and
+one listens to changes. The HTTP server's threads wait for nobody. When the keeper dies, the supervisor starts another
+one: everything it knows comes with the next beat.
 """
 
 from __future__ import annotations
@@ -268,13 +269,19 @@ class Keeper:
             ],
             self._note_store,
         )
+        self._queue_thread = DutyThread(
+            "queue",
+            [
+                Duty("poll", self._poll_once),
+                Duty("due", self._due_once),
+                Duty("head", self._head_once),
+            ],
+            self._note_store,
+        )
         self._report_thread = DutyThread(
             "reports",
             [
-                Duty("poll", self._poll_once),
                 Duty("refuse", self._refuse_once),
-                Duty("due", self._due_once),
-                Duty("head", self._head_once),
                 Duty("count", self._count_once),
                 Duty("retention", self._retention_once),
             ],
@@ -290,6 +297,7 @@ class Keeper:
         if counted is not None:
             self._metrics.carry_on(counted)
         self._lease_thread.start()
+        self._queue_thread.start()
         self._report_thread.start()
         self._listener.start()
         try:
@@ -329,7 +337,7 @@ class Keeper:
             self._totals.keep(self._metrics.totals())
         if beat.blocked_mb and not self._head_flagged:
             self._head_flagged = True
-            self._report_thread.hasten("head")
+            self._queue_thread.hasten("head")
         if any(finished.spooled for finished in beat.finished):
             self._lease_thread.put(self._leases.replay_once)
 
@@ -355,6 +363,7 @@ class Keeper:
                 self._failing.discard(duty)
                 if self._failing:
                     self._lease_thread.retry_failed()
+                    self._queue_thread.retry_failed()
                     self._report_thread.retry_failed()
                     return
             else:
@@ -531,7 +540,7 @@ class Keeper:
         next_due, known = self._reports.next_due_in(only=self._settings.queues), self._due_times.next_in()
         if next_due is not None and (known is None or next_due < known):
             self._due_times.add(next_due)
-            self._report_thread.hasten("due")
+            self._queue_thread.hasten("due")
 
     def _retention_once(self) -> float:
         days = self._settings.retention_days
@@ -586,17 +595,17 @@ class Keeper:
             delay = (change.scheduled_date - (change.at or datetime.now(UTC))).total_seconds()
         if delay > 0:
             self._due_times.add(delay)
-            self._report_thread.hasten("due")
+            self._queue_thread.hasten("due")
         elif clock() - self._woken_at > BURST_SECONDS:
             self._woken_at = clock()
             self._tell(Wake(1))
         elif self._due_times.add_due():  # many were inserted at once: they wake the pool together
-            self._report_thread.hasten("due")
+            self._queue_thread.hasten("due")
 
     def _adopt_soon(self) -> None:
         """At once, or, where another program inserts many at a time, together."""
         if clock() - self._adopted_at < ADOPT_SECONDS:
-            self._report_thread.hasten("poll")
+            self._queue_thread.hasten("poll")
             return
         self._adopted_at = clock()
         with contextlib.suppress(StoreUnavailable):

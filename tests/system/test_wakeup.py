@@ -72,7 +72,8 @@ def test_jobs_that_were_scheduled_before_the_start(start_supervisor: Start, jobs
     ids = [jobs.submit(script, scheduled_date=now + timedelta(seconds=seconds)) for seconds in (5, 6, 7)]
     start_supervisor(poll_interval=3600)
     for job_id in ids:
-        assert 0 <= seconds_late(jobs.wait(job_id, timeout=20)) < 1.5
+        document = jobs.wait(job_id, timeout=20)
+        assert 0 <= seconds_late(document) < 1.5, document
 
 
 def test_a_job_that_is_moved_to_now_wakes_the_pool(start_supervisor: Start, jobs: Jobs) -> None:
