@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
@@ -47,12 +48,11 @@ class Enclosure:
     @staticmethod
     def why_not() -> str | None:
         """Why there can be none here, or None."""
-        try:
-            enclosure = Enclosure(Path("/tmp/chaos-probe"), 1)
-        except OSError as error:
-            return str(error)
-        enclosure.close()
-        Path("/tmp/chaos-probe").rmdir()
+        with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
+            try:
+                Enclosure(Path(directory) / "disk", 1).close()
+            except OSError as error:
+                return str(error)
         return None
 
     def listen(self, port: int) -> socket.socket:
