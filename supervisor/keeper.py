@@ -293,9 +293,6 @@ class Keeper:
 
     def run(self) -> int:
         """Listens to the supervisor until it says so or is gone; returns the exit code."""
-        counted = self._totals.kept()
-        if counted is not None:
-            self._metrics.carry_on(counted)
         self._lease_thread.start()
         self._queue_thread.start()
         self._report_thread.start()

@@ -24,7 +24,7 @@ from supervisor.leases import LeaseKeeper
 from supervisor.memory.cgroup import MemoryGroups, NoControlGroups
 from supervisor.messages import Channel
 from supervisor.metrics import Metrics
-from supervisor.pool import Child
+from supervisor.pool import Child, fork
 from supervisor.processes import die_with_parent
 from supervisor.settings import (
     Settings,
@@ -101,7 +101,7 @@ def check_reachable(uri: str) -> None:
     """
     connect(uri, app="check").close()
     reader, writer = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             with reaching(uri):
@@ -237,6 +237,9 @@ class Host:
             queues=self.settings.queues or ("default",),
             memory_enforcement="sampling" if self._groups is None else "cgroup",
         )
+        counted = self._totals.kept()
+        if counted is not None:
+            metrics.carry_on(counted)  # before anybody can read them: a 0 in between would count everything twice
         jobs = self._open_store("keeper", metrics.observe_operation)
         supervisors = SupervisorStore(jobs)
         leases = LeaseKeeper(

@@ -207,7 +207,11 @@ def finish(
 
     `ran` is when it began and ended, in milliseconds on the server's clock: outcomes are written later, together.
     """
-    began, ended = ({"$min": [{"$toDate": at}, "$$NOW"]} for at in ran) if ran else ("$started_at", "$$NOW")
+    began: Any = "$started_at"
+    ended: Any = "$$NOW"
+    if ran is not None:
+        ended = {"$min": [{"$toDate": ran[1]}, "$$NOW"]}
+        began = {"$subtract": [ended, ran[1] - ran[0]]}
     fields: Document = {
         "status": verdict.status.value,
         "updated_at": "$$NOW",

