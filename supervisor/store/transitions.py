@@ -500,7 +500,7 @@ def refuse_never_due() -> list[Move]:
     odd = {"$or": [{"required_memory": {"$type": ["array", "decimal"]}}, {"$expr": only_doubles}]}
     return [
         Move({**pending, "scheduled_date": {"$type": kinds}}, invalid("scheduled_date: is not a date")),
-        Move({**pending, **odd}, invalid("required_memory: is not a whole number of MB")),
+        Move({**pending, **odd}, invalid("required_memory: must be a valid integer, a whole number of MB")),
     ]
 
 
