@@ -202,7 +202,8 @@ class MemoryMonitor:
             floor, ceiling = self._floor(), self._ceiling()
         if overrun is not None and len(self._members) > 1:
             overrun = self._confirm()
-            floor, ceiling = self._floor(), self._ceiling()
+            # A program that is just being started may still look as large as its parent: the exact reading knows.
+            floor, ceiling = min(self._floor(), self._exact or 0), self._ceiling()
         self._record(now, floor, ceiling, overrun)
         after = self._clock()
         busy = (after - before) * _BUSY_SHARE if self._exact_at < before else 0.0
