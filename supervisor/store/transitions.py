@@ -239,8 +239,9 @@ def finish(
             "$ifNull": ["$declared_memory", {"$ifNull": ["$required_memory", DEFAULT_MEMORY_MB]}]
         }
     update = [*_finished(fields), {"$unset": _REMOVED_WITH_THE_LOCK}]
-    is_usual = ran is not None and attempt == 1 and verdict.status is Status.COMPLETED
-    plain = _completed(outcome, ran, details, lines) if ran is not None and is_usual else None
+    plain = None
+    if ran is not None and attempt == 1 and verdict.status is Status.COMPLETED:
+        plain = _completed(outcome, ran, details, lines)
     return Move(held(job_id, token), update, plain)
 
 
