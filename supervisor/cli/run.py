@@ -101,8 +101,10 @@ def check_reachable(uri: str) -> None:
     """
     connect(uri, app="check").close()
     reader, writer = os.pipe()
+    asking = os.getpid()
     pid = fork()
     if pid == 0:
+        die_with_parent(asking, signal.SIGKILL)  # a signal may end the parent before it knows this process
         try:
             with reaching(uri):
                 connect(uri, app="check", selection_timeout_seconds=START_SECONDS).admin.command("ping")

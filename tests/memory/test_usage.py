@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import signal
@@ -69,7 +70,10 @@ class Jobs:
 @pytest.fixture
 def jobs() -> Iterator[Jobs]:
     jobs = Jobs()
+    gc.collect()
+    gc.freeze()  # as in a runner: a collection in a child would write to every page with Python objects
     yield jobs
+    gc.unfreeze()
     jobs.end()
 
 

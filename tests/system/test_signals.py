@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -328,6 +331,38 @@ def test_a_start_that_waits_for_mongodb_can_be_ended(
         wait_gone(waiting)
     finally:
         mongo_server.start()
+
+
+ENDED_BESIDE_THE_FORK = """
+import os, signal
+from supervisor.cli import run
+
+fork = os.fork
+def fork_and_be_told_to_end():
+    pid = fork()
+    if pid:
+        print(pid, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return pid
+
+os.fork = fork_and_be_told_to_end
+signal.signal(signal.SIGTERM, run.end_early)
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+try:
+    run.check_reachable("mongodb://127.0.0.1:1/")
+except run.EndedEarly:
+    print("ended early")
+"""
+
+
+def test_who_knocks_at_mongodb_ends_with_a_start_that_did_not_learn_its_pid(tmp_path: Path) -> None:
+    said = tmp_path / "said"  # not a pipe, whose end would come with that of the last process
+    with said.open("wb") as stdout:
+        subprocess.run([sys.executable, "-c", ENDED_BESIDE_THE_FORK], stdout=stdout, timeout=30, check=True)
+    pid, outcome = said.read_text().split(maxsplit=1)
+    assert outcome.strip() == "ended early"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        wait_gone([psutil.Process(int(pid))])
 
 
 def test_a_start_waits_a_moment_for_mongodb(start_supervisor: Start, jobs: Jobs, mongo_server: MongoServer) -> None:
