@@ -88,7 +88,9 @@ INSTRUMENTS = (
         "worker_restarts_total",
         "Processes of the pool that were replaced, by the reason.",
         ("reason",),
-        _each(f"{role}_{end}" for role in ("worker", "runner", "keeper", "warm_interpreter") for end in _ENDS),
+        _each(
+            f"{role}_{end}" for role in ("worker", "runner", "keeper", "lookout", "warm_interpreter") for end in _ENDS
+        ),
     ),
     Instrument(
         "gauge",

@@ -1,7 +1,7 @@
 """The supervisor: one thread, no database, no user code, so nothing can make it hang.
 
-It compares what is with what ought to be, turn after turn: workers, keeper and warm interpreter are started and
-replaced; idle workers are granted claims as far as the memory budget goes; running jobs are stopped when they are
+It compares what is with what ought to be, turn after turn: workers, keeper, lookout and warm interpreter are started
+and replaced; idle workers are granted claims as far as the memory budget goes; running jobs are stopped when they are
 cancelled, lose their lease, or outlive a shutdown. Everything arrives at one selector: signals, the channels of its
 children, and their deaths. When the supervisor dies, every socket to it closes, and everything below it ends.
 """
@@ -113,10 +113,12 @@ class Supervisor:
         *,
         run_worker: RunWorker,
         run_keeper: Callable[[Channel], int],
+        run_lookout: Callable[[Channel], int],
         start_warm: Callable[[Settings, Collection[str]], Child],
         reload: Callable[[], Settings],
         spared: Callable[[], Collection[int]] = tuple,
         keeper_descriptors: Collection[int] = (),
+        lookout_descriptors: Collection[int] = (),
         log: Logger | None = None,
     ) -> None:
         self.phase = Phase.RUNNING
@@ -132,9 +134,13 @@ class Supervisor:
         self._start_warm = start_warm
         self._reload = reload
         self._keeper_descriptors = keeper_descriptors
+        self._run_lookout = run_lookout
+        self._lookout_descriptors = lookout_descriptors
         self._keeper: Child | None = None
         self._keeper_backoff = Backoff()
         self._keeper_ready = False
+        self._lookout: Child | None = None
+        self._lookout_backoff = Backoff()
         self._warm: Child | None = None
         self._warm_backoff = Backoff()
         self._warm_ready = False
@@ -368,6 +374,8 @@ class Supervisor:
         if self._keeper is None and not leaving and self._keeper_backoff.allows():
             self._keeper = self._started(self._fork_keeper, self._keeper_backoff)
             self._report_lost_workers()
+        if self._lookout is None and self._lookout_backoff.allows():
+            self._lookout = self._started(self._fork_lookout, self._lookout_backoff)
         if self._warm is not None and self._warm_ready and self.phase is Phase.RUNNING:
             self._pool.fill(self._warm)
 
@@ -381,6 +389,9 @@ class Supervisor:
         if self._keeper is not None and pid == self._keeper.pid:
             self._forget(self._keeper, "keeper_died", exit_code, self._keeper_backoff)
             self._keeper, self._keeper_ready = None, False
+        elif self._lookout is not None and pid == self._lookout.pid:
+            self._forget(self._lookout, "lookout_died", exit_code, self._lookout_backoff)
+            self._lookout = None  # the runners watch all jobs until there is a new one
         elif self._warm is not None and pid == self._warm.pid:
             self._forget(self._warm, "warm_interpreter_died", exit_code, self._warm_backoff)
             self._warm, self._warm_ready = None, False  # its runners go on until there is a new one
@@ -439,12 +450,18 @@ class Supervisor:
         return child
 
     def _fork_keeper(self) -> Child:
+        return self._forked("keeper", self._run_keeper, self._keeper_descriptors)
+
+    def _fork_lookout(self) -> Child:
+        return self._forked("lookout", self._run_lookout, self._lookout_descriptors)
+
+    def _forked(self, role: str, run: Callable[[Channel], int], descriptors: Collection[int]) -> Child:
         ours, theirs = Channel.pair()
         pid = fork()
         if pid == 0:
-            run_forked(lambda: self._run_keeper(theirs), (theirs,), keep=self._keeper_descriptors)
+            run_forked(lambda: run(theirs), (theirs,), keep=descriptors)
         theirs.close()
-        return Child("keeper", pid, ours)
+        return Child(role, pid, ours)
 
     def _replace_warm(self) -> None:
         """The old one forks what it was asked to, and ends; its runners go on until the new one is ready."""
@@ -478,7 +495,7 @@ class Supervisor:
         patience = max(10.0, self._settings.lease_seconds)
         self._pool.look_for_hung(patience)
         warm_patience = patience if self._warm_ready else PRELOAD_SECONDS
-        for child, its_patience in ((self._keeper, patience), (self._warm, warm_patience)):
+        for child, its_patience in ((self._keeper, patience), (self._lookout, patience), (self._warm, warm_patience)):
             if child is not None and child.is_hung(now, its_patience):
                 self._pool.kill(child, "no sign of life")
                 child.pinged_at = now
@@ -654,6 +671,7 @@ class Supervisor:
             budget_mb=self._budget.total,
             reserved_mb=self._budget.reserved,
             keeper_pid=self._keeper.pid if self._keeper else None,
+            lookout_pid=self._lookout.pid if self._lookout else None,
             warm_pid=self._warm.pid if self._warm else None,
             mongodb="up" if self._store_up else "down",
             announced=self._claims.announced,
@@ -684,12 +702,13 @@ class Supervisor:
             self.phase = Phase.STOPPED
 
     def _stop_helpers(self) -> None:
-        if self._warm is not None:
-            self._retired[self._warm.pid] = self._warm
-            self._close(self._warm)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._warm.pid, signal.SIGKILL)  # it holds nothing, and may be importing for long
-            self._warm = None
+        for helper in (self._warm, self._lookout):  # they hold nothing, and one may be importing for long
+            if helper is not None:
+                self._retired[helper.pid] = helper
+                self._close(helper)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(helper.pid, signal.SIGKILL)
+        self._warm = self._lookout = None
         if self._keeper is not None:
             self._keeper.send(self._beat())
             self._keeper.send(Retire())

@@ -21,6 +21,7 @@ from supervisor.execution.orphans import MARKER, end_orphans, mark_limits, marke
 from supervisor.job import lease_margin
 from supervisor.keeper import Keeper
 from supervisor.leases import LeaseKeeper
+from supervisor.lookout import Lookout
 from supervisor.memory.cgroup import MemoryGroups, NoControlGroups
 from supervisor.messages import Channel
 from supervisor.metrics import Metrics
@@ -172,6 +173,7 @@ class Host:
         self._uri = settings.mongo_uri
         self._pid = os.getpid()
         self._totals = Totals()
+        self._at_lookout, self._to_lookout = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._host = socket.gethostname()
         self._supervisor_id = f"{self._host}-{self._pid}-{secrets.token_hex(4)}"
         self._identity = Identity.of_process(self._supervisor_id, self._host, self._pid)
@@ -193,10 +195,12 @@ class Host:
                 self.settings,
                 run_worker=self.run_worker,
                 run_keeper=self.run_keeper,
+                run_lookout=self.run_lookout,
                 start_warm=self.start_warm,
                 reload=self.reload,
                 spared=self.spared,
                 keeper_descriptors=self._keeper_descriptors(),
+                lookout_descriptors=[self._at_lookout.fileno()],
             ).run()
 
     def _use_embedded(self, cleanup: contextlib.ExitStack) -> None:
@@ -269,13 +273,18 @@ class Host:
             WebServer(self._http, metrics.registry, keeper.health, keeper.readiness).start()
         return keeper.run()
 
+    def run_lookout(self, supervisor: Channel) -> int:
+        die_with_parent(self._pid, signal.SIGKILL)
+        self._forget_inherited()
+        return Lookout(supervisor, self._at_lookout).run()
+
     def start_warm(self, settings: Settings, fatal: Collection[str]) -> Child:
         """Without the modules of `fatal`. Its arguments end in padding: a job writes its command line over them."""
         ours, theirs = Channel.pair()
         program = [sys.executable, str(Path(execution.__file__).with_name("warm.py"))]
         process = subprocess.Popen(
             [*program, str(theirs.fileno()), self._warm_orders(settings, fatal), "[]", " " * 1024],
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), self._to_lookout.fileno()),
             env=self._environment_of_jobs(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -293,6 +302,7 @@ class Host:
             "oom_score_adj": min(100, settings.oom_score_adj // 2),
             "isolated": settings.isolation == "pidns",
             "memory_groups": self._groups.prefix if self._groups is not None else None,
+            "lookout": self._to_lookout.fileno(),
         }
         return json.dumps(orders)
 

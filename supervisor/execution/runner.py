@@ -26,6 +26,7 @@ import psutil
 from supervisor.execution import child
 from supervisor.execution.child import Launch
 from supervisor.execution.isolation import INIT_PID, Isolation, main_process, signal_main_process
+from supervisor.execution.relief import Relief
 from supervisor.execution.spare import Spare, fork_spare
 from supervisor.memory.cgroup import SlotGroup, hard_limit_mb
 from supervisor.memory.monitor import MemoryMonitor, Overrun
@@ -59,6 +60,8 @@ from supervisor.states import Ending
 MB = 1_048_576
 USAGE_INTERVAL_SECONDS = 1.0
 FIRST_LOOK_SECONDS = 0.01
+REST_SECONDS = 3.0
+"""How often a job is looked at that somebody else watches."""
 SPARE_AFTER_SECONDS = 0.02
 """A runner that was idle for this long forks ahead; with a backlog, forking ahead wins nothing."""
 HEAD_START_MS = 5
@@ -80,6 +83,8 @@ class Interpreter:
     """Whether each job gets a PID namespace of its own."""
     memory_groups: str | None = None
     """What the paths of the slots' control groups begin with; None: memory is watched by sampling alone."""
+    lookout: int | None = None
+    """The descriptor of the socket to the lookout."""
 
 
 @dataclass(slots=True)
@@ -128,6 +133,7 @@ class Runner:
         self._isolation = Isolation() if interpreter.isolated else None
         groups = interpreter.memory_groups
         self._group = SlotGroup(f"{groups}-{slot}") if groups is not None else None
+        self._relief = Relief(interpreter.lookout) if interpreter.lookout is not None else None
         self._own_rss: int = psutil.Process().memory_info().rss
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._errors, self._errors_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -162,12 +168,14 @@ class Runner:
         for descriptor, _ in events:
             if descriptor == self._wakeup:
                 self._drain_wakeups()
-            else:
+            elif descriptor == self._worker.fileno() or descriptor == self._supervisor.fileno():
                 channel = self._worker if descriptor == self._worker.fileno() else self._supervisor
                 message, descriptors = channel.receive()
                 launch = self._handle(message, descriptors)
                 if launch is not None:
                     return launch
+            else:
+                self._hear_lookout(descriptor)
         if self._attempt is not None:
             self._watch(self._attempt)
         elif self._spare is not None and self._spare.pid in collect().exit_codes:
@@ -383,7 +391,36 @@ class Runner:
         if attempt.run.memory_warning and not attempt.warned and monitor.used >= WARN_SHARE * monitor.limit:
             self._warn(attempt, monitor.used)
         self._report_usage(attempt, monitor.used, now)
+        self._rest(monitor, now)
         return True
+
+    def _rest(self, monitor: MemoryMonitor, now: float) -> None:
+        """Hands a job at rest to the lookout."""
+        relief = self._relief
+        if relief is None:
+            return
+        if relief.watches:
+            monitor.next_look = now + REST_SECONDS
+        elif relief.may_take(now):
+            rest = monitor.at_rest()
+            if rest is not None and relief.hand_over(rest, now):
+                self._poll.register(relief.fileno(), select.POLLIN)
+
+    def _hear_lookout(self, descriptor: int) -> None:
+        relief, attempt = self._relief, self._attempt
+        if relief is None or descriptor != relief.fileno():
+            return  # of a job that has ended meanwhile
+        now = clock()
+        relief.hear(now)
+        if not relief.watches:
+            self._poll.unregister(descriptor)
+        if attempt is not None and attempt.monitor is not None:
+            attempt.monitor.next_look = now + REST_SECONDS if relief.watches else now
+
+    def _end_relief(self) -> None:
+        if self._relief is not None and self._relief.fileno() >= 0:
+            self._poll.unregister(self._relief.fileno())
+            self._relief.end()
 
     def _warn(self, attempt: Attempt, used: int) -> None:
         """Once, so that the job can write a checkpoint before it is killed."""
@@ -479,6 +516,7 @@ class Runner:
         )
         if attempt.monitor is not None:
             attempt.monitor.close()
+            self._end_relief()
         if self._group is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._group.clear()

@@ -210,7 +210,8 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
     failed_files = done.files.union(*(files_of(name) for name in fatal))
     sys.path.insert(0, own_path)
     if done.threaded:
-        os.set_inheritable(descriptor, True)
+        for inherited in (descriptor, orders["lookout"]):
+            os.set_inheritable(inherited, True)
         arguments = [str(descriptor), json.dumps(orders), json.dumps([*refused, *done.threaded]), *sys.argv[4:]]
         os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *arguments])
     problems = done.problems
@@ -225,6 +226,7 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
         usable=usable,
         isolated=orders["isolated"],
         memory_groups=orders["memory_groups"],
+        lookout=orders["lookout"],
     )
     files = loaded_files(before) if wanted else {}
     files |= {path: (os.path.basename(path), os.stat(path).st_mtime) for path in failed_files}
@@ -236,8 +238,10 @@ def prepare(descriptor: int, orders: dict[str, Any], refused: list[str]) -> Warm
 
 def main() -> Launch | None:
     """Returns only in a job process, with what it has to run."""
-    os.set_inheritable(int(sys.argv[1]), False)
-    runner = prepare(int(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])).run()
+    descriptor, orders, refused = int(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    for inherited in (descriptor, orders["lookout"]):
+        os.set_inheritable(inherited, False)
+    runner = prepare(descriptor, orders, refused).run()
     return runner.run() if runner is not None else None
 
 

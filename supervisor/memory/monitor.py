@@ -5,7 +5,7 @@ it every 2 ms (8 while it does not grow), so that a job which allocates at full 
 far. While the cheap upper bound is within the limit, that is all. Above it, what is certain to be the job's
 own decides at once, and an exact reading decides what is in doubt (pages shared between processes or with the
 runner). A job is never reported by an estimate, and one of several processes only by a reading while they
-were stopped.
+were stopped. What does not move is `at_rest`, and can be watched at a lower price.
 
 Two sums bracket what is charged: the *floor* counts what must be the job's own, the *estimate* adds to the
 last exact reading whatever has grown since. Writing to a shared page changes neither, only page faults hint at
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from supervisor.memory.rest import FASTEST_GROWTH, Rest
 from supervisor.memory.usage import CheapReading, ProcessUsage, tree_usage
 from supervisor.processes import (
     ProcessStat,
@@ -35,11 +36,10 @@ from supervisor.processes import (
 
 MB = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
-_FASTEST_GROWTH = 4 << 30
-"""Bytes per second that a job can allocate at most, by our reckoning."""
 _MIN_INTERVAL = 0.002
 _STILL_INTERVAL = 0.008
 """The shortest for a job that does not grow: many that rest near their limits must not take a whole core."""
+_STILL_LOOKS = 8
 _DISCOVERY_INTERVAL = 0.010
 _SWAP_INTERVAL = 1.0
 _BUSY_SHARE = 20
@@ -118,6 +118,11 @@ class _Member(CheapReading):
         """Bytes that may have become its own by writing to pages it shared: what faults did not make it grow."""
         written = (self.faults - self.settled_faults) * PAGE - self.growth
         return max(0, min(written, self.uncharged or 0))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it has had no page since the exact reading."""
+        return self.uncharged is not None and self.faults == self.settled_faults
 
     @property
     def certain(self) -> int:
@@ -210,6 +215,21 @@ class MemoryMonitor:
         self.next_look = after + max(self._delay(self.used), min(busy, self._interval))
         return overrun
 
+    def at_rest(self) -> Rest | None:
+        """What to watch in this monitor's place after its last look; None while the job grows, or where it is much."""
+        if self._still < _STILL_LOOKS or not self._members:
+            return None
+        room = self.limit - self._ceiling() - self._counter_error * len(self._members)
+        if room <= 0 and not all(member.is_settled for member in self._members.values()):
+            return None
+        return Rest.of_tree(
+            self._runner_pid,
+            {pid: member.resident for pid, member in self._members.items()},
+            room=room,
+            tolerance=max(MB, self.limit // 64),
+            interval=self._interval,
+        )
+
     def _confirm(self) -> Overrun | None:
         """Processes that come to share pages while one is read after the other have them counted twice. So they are
         stopped, and read once more; without an overrun they go on."""
@@ -220,8 +240,8 @@ class MemoryMonitor:
         return overrun
 
     def _delay(self, used: int) -> float:
-        until_limit = (self.limit - used) / _FASTEST_GROWTH
-        self._still = 0 if used > self._looked_used else min(self._still + 1, 8)
+        until_limit = (self.limit - used) / FASTEST_GROWTH
+        self._still = 0 if used > self._looked_used else min(self._still + 1, _STILL_LOOKS)
         self._looked_used = used
         shortest = min(_MIN_INTERVAL * (1 + self._still // 2), _STILL_INTERVAL)
         return min(self._interval, max(shortest, until_limit))

@@ -151,10 +151,11 @@ class CheapReading:
     """A process of a watched tree, read often.
 
     `anonymous` (with swap) and `shared` are its bytes when `refresh` looked last; pages that others map too
-    count in full. Its files in /proc stay open: opening them costs ten times as much as reading them.
+    count in full. `resident` are its pages of any kind. Its files in /proc stay open: opening them costs ten times
+    as much as reading them.
     """
 
-    __slots__ = ("_file_and_shared_pages", "_files", "_refreshed_at", "_swap", "anonymous", "pid", "shared")
+    __slots__ = ("_file_and_shared_pages", "_files", "_refreshed_at", "_swap", "anonymous", "pid", "resident", "shared")
 
     _kept_open = 0
 
@@ -163,6 +164,7 @@ class CheapReading:
         self.pid = pid
         self.anonymous = 0
         self.shared = 0
+        self.resident = 0
         self._swap = 0
         self._file_and_shared_pages = -1
         self._refreshed_at = 0.0
@@ -197,6 +199,7 @@ class CheapReading:
             return False
         _, resident, file_and_shared, _ = statm.split(None, 3)
         pages = int(file_and_shared)
+        self.resident = int(resident)
         # Only the status, ten times as dear, tells files from shared memory and knows of swap.
         if pages != self._file_and_shared_pages or now - self._refreshed_at >= max_age:
             status = _read(f"/proc/{self.pid}/status") or b""
@@ -204,7 +207,7 @@ class CheapReading:
             self._swap = _kilobyte_field(status, b"\nVmSwap:")
             self._file_and_shared_pages = pages
             self._refreshed_at = now
-        self.anonymous = (int(resident) - pages) * _PAGE + self._swap
+        self.anonymous = (self.resident - pages) * _PAGE + self._swap
         return True
 
     def _read_statm(self) -> bytes | None:

@@ -169,12 +169,12 @@ def _one_hog(jobs: Jobs, script: Path, path: Path, found: Delays) -> None:
 
 
 def _watching_cpu(supervisor: RunningSupervisor, seconds: float) -> float:
-    """Of all runners, each of which watches a job."""
-    time.sleep(2)  # what the jobs do to start is over
-    runners = supervisor.runners()
-    before, began = total_cpu_seconds(runners), time.monotonic()
+    """Of all runners and the lookout: they watch the jobs."""
+    time.sleep(4)  # what the jobs do to start is over, and the lookout has those that rest
+    watching = [*supervisor.runners(), supervisor.lookout()]
+    before, began = total_cpu_seconds(watching), time.monotonic()
     time.sleep(seconds)
-    return (total_cpu_seconds(runners) - before) / (time.monotonic() - began) * 100
+    return (total_cpu_seconds(watching) - before) / (time.monotonic() - began) * 100
 
 
 def _delay_table(delays: dict[int, Delays]) -> Table:

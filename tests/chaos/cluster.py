@@ -146,6 +146,7 @@ class Host(RunningSupervisor):
         return [pid for pid in self._forked() if _listens(pid)]
 
     def workers(self) -> list[int]:
+        """And the lookout, which looks like them."""
         return [pid for pid in self._forked() if not _listens(pid)]
 
     def _forked(self) -> list[int]:

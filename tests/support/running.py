@@ -180,6 +180,9 @@ class RunningSupervisor:
     def keeper(self) -> int:
         return self._reported_by_pool("keeper_pid")
 
+    def lookout(self) -> int:
+        return self._reported_by_pool("lookout_pid")
+
     def everything(self) -> list[psutil.Process]:
         return [psutil.Process(self.pid), *self.tree()]
 
