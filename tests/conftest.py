@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +16,17 @@ from supervisor import JobManager
 from tests.support.alone import run_alone
 from tests.support.mongod import MongoServer
 from tests.support.running import Jobs, RunningSupervisor, running_supervisor
+
+
+def pytest_configure() -> None:
+    """Tests send these: a run that was started in the background, or with nohup, ignores them."""
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGQUIT, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

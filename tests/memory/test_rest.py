@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,8 +76,10 @@ class Job:
         return watched
 
     def end(self) -> None:
-        for process in [*psutil.Process(self.runner_pid).children(recursive=True), self._runner]:
-            process.kill()
+        for process in psutil.Process(self.runner_pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._runner.kill()
         self._runner.communicate()
 
 
