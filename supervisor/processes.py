@@ -57,7 +57,7 @@ class ProcessStat:
 
     `started` is in clock ticks since boot; `image` identifies what it executes: a fork keeps it, an exec
     changes it (None when hidden from us). `page_faults` were served without a disk: each gave it a page, or a
-    copy of one. `ended` means that only its exit status is left.
+    copy of one. `ended` means that only its exit status is left, `stopped` that a signal has stopped it.
     """
 
     pid: int
@@ -66,6 +66,7 @@ class ProcessStat:
     image: int | None
     ended: bool
     page_faults: int = 0
+    stopped: bool = False
 
 
 def process_stat(pid: int) -> ProcessStat | None:
@@ -82,7 +83,7 @@ def _stat_from_proc(pid: int) -> ProcessStat | None:
     ended = fields[0] in b"ZX" and int(fields[17]) <= 1
     # The stack's address is drawn anew by every exec; unlike arg_start no process sets it for its title.
     stack = int(fields[25])
-    return ProcessStat(pid, int(fields[1]), int(fields[19]), stack or None, ended, int(fields[7]))
+    return ProcessStat(pid, int(fields[1]), int(fields[19]), stack or None, ended, int(fields[7]), fields[0] == b"T")
 
 
 def _stat_from_psutil(pid: int) -> ProcessStat | None:
@@ -383,6 +384,20 @@ def stop_descendants(root: int, skip: Collection[int] = (), give_up: float = mat
         stopped.update(pid for pid in new if tree.signal(pid, signal.SIGSTOP))
         asked.update(new)
     return stopped
+
+
+def await_stopped(pids: Collection[int], seconds: float) -> set[int]:
+    """Those that have come to a stop; waits for the others no longer than this.
+
+    A process that was sent SIGSTOP stops when it leaves the kernel, for which it needs the processor.
+    """
+    give_up = time.monotonic() + seconds
+    while True:
+        states = {pid: process_stat(pid) for pid in pids}
+        waiting = [state for state in states.values() if state is not None and not (state.stopped or state.ended)]
+        if not waiting or time.monotonic() > give_up:
+            return {pid for pid, state in states.items() if state is not None and state.stopped}
+        time.sleep(0.001)
 
 
 def _nothing_left(root: int, skip: Collection[int]) -> bool:

@@ -27,6 +27,7 @@ from supervisor.memory.rest import FASTEST_GROWTH, Rest
 from supervisor.memory.usage import CheapReading, ProcessUsage, tree_usage
 from supervisor.processes import (
     ProcessStat,
+    await_stopped,
     children,
     descendants,
     process_stat,
@@ -48,6 +49,9 @@ _MOST_BUSY_SHARE = 4
 """For exact readings while pages that were shared are being written."""
 _EXACT_SECONDS_PER_BYTE = 17e-6 / MB
 _EXACT_SECONDS_PER_PROCESS = 100e-6
+_SOME, _MANY = 8, 64
+"""More processes than some that multiply, or more than many, are read exactly only while they are stopped."""
+_STOP_SECONDS = 1.0
 _MAX_POINTS = 64
 _MAX_SHARES = 20
 _MAX_COMMAND = 200
@@ -173,7 +177,7 @@ class MemoryMonitor:
         self._certain_peak = 0
         self._estimated_peak = 0
         self._counter_error = _counter_error()
-        self._looked_used = self._still = 0
+        self._looked_used = self._still = self._newcomers = 0
         self._history = _History()
         self.next_look = self._started + self._delay(0)
 
@@ -197,16 +201,17 @@ class MemoryMonitor:
         before = self._clock()
         self._refresh(now)
         floor, ceiling = self._floor(), self._ceiling()
-        overrun = None
+        overrun, confirmed = None, False
         if floor > self.limit + self._counter_error * len(self._members):
             overrun = self._overrun(
                 floor, {pid: member.certain + member.certain_shared for pid, member in self._members.items()}
             )
         elif self._in_doubt(floor, ceiling, now):
-            overrun = self._read_exactly()
+            confirmed = self._is_teeming()
+            overrun = self._read_stopped() if confirmed else self._read_exactly()
             floor, ceiling = self._floor(), self._ceiling()
-        if overrun is not None and len(self._members) > 1:
-            overrun = self._confirm()
+        if overrun is not None and len(self._members) > 1 and not confirmed:
+            overrun = self._read_stopped()
             # A program that is just being started may still look as large as its parent: the exact reading knows.
             floor, ceiling = min(self._floor(), self._exact or 0), self._ceiling()
         self._record(now, floor, ceiling, overrun)
@@ -230,14 +235,23 @@ class MemoryMonitor:
             interval=self._interval,
         )
 
-    def _confirm(self) -> Overrun | None:
+    def _read_stopped(self) -> Overrun | None:
         """Processes that come to share pages while one is read after the other have them counted twice. So they are
-        stopped, and read once more; without an overrun they go on."""
-        stop_descendants(self._runner_pid, self.skip)
-        overrun = self._read_exactly()
+        stopped, and read once more; without an overrun they go on.
+
+        Of many, some are always about to fork. Who does keeps a reader waiting, for seconds when all want the
+        processor: only those that have stopped are read.
+        """
+        asked = stop_descendants(self._runner_pid, self.skip)
+        overrun = self._read_exactly(await_stopped(asked, _STOP_SECONDS) if self._is_teeming() else None)
         if overrun is None:
             signal_descendants(self._runner_pid, signal.SIGCONT, self.skip)
         return overrun
+
+    def _is_teeming(self) -> bool:
+        """Whether the job has very many processes, or is about to."""
+        count = len(self._members)
+        return count > _MANY or (count > _SOME and self._newcomers > _SOME // 2)
 
     def _delay(self, used: int) -> float:
         until_limit = (self.limit - used) / FASTEST_GROWTH
@@ -263,6 +277,7 @@ class MemoryMonitor:
         living = descendants(self._runner_pid, self.skip, self._children_of)
         for pid in self._members.keys() - set(living):
             self._members.pop(pid).close()
+        self._newcomers = len(living) - len(self._members)
         for pid in living:
             if again or pid not in self._members:
                 self._meet(pid, now)
@@ -347,12 +362,14 @@ class MemoryMonitor:
         reckoned = ceiling * _EXACT_SECONDS_PER_BYTE + (len(self._members) + 1) * _EXACT_SECONDS_PER_PROCESS
         return reckoned * self._exact_slowness
 
-    def _read_exactly(self) -> Overrun | None:
+    def _read_exactly(self, among: set[int] | None = None) -> Overrun | None:
         before = self._clock()
         self._discover(before, again=True)
         expected = self._exact_cost(self._ceiling()) / self._exact_slowness
         self._exact_ceiling = self._ceiling()
         pids = sorted(self._members, key=lambda pid: self._members[pid].total, reverse=True)
+        if among is not None:
+            pids = [pid for pid in pids if pid in among]
         usages = tree_usage(self._runner_pid, pids=pids, enough=self.limit)
         if len(pids) > 1 and _charged(usages) <= self.limit:
             # Whose pages are being mapped by others just now are counted twice, in one order more than in the other.
