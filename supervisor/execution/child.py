@@ -19,9 +19,10 @@ import os
 import sys
 import sysconfig
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
-from types import FrameType, ModuleType
+from _signal import SIG_SETMASK, SIGKILL, getsignal, pthread_sigmask, set_wakeup_fd, signal
+from dataclasses import dataclass, field, replace
+from os import closerange, dup2, setsid  # by these names a new process finds them without writing to a page
+from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
 from supervisor.execution import ending, fork_hooks, script
@@ -31,9 +32,10 @@ from supervisor.execution.seeds import NumpySeed
 from supervisor.execution.title import ProcessTitle
 from supervisor.processes import become_user, die_with_parent
 
-_IGNORED_BY_PYTHON = tuple(
-    getattr(_signal, name) for name in ("SIGPIPE", "SIGXFSZ", "SIGXFZ") if hasattr(_signal, name)
-)
+_PYTHON_HANDLERS: dict[int, Any] = {
+    **{getattr(_signal, name): _signal.SIG_IGN for name in ("SIGPIPE", "SIGXFSZ", "SIGXFZ") if hasattr(_signal, name)},
+    _signal.SIGINT: _signal.default_int_handler,
+}
 TRACEBACK_SIGNAL = int(getattr(_signal, "SIGRTMAX", 0)) - 1
 """Makes a warm job write where its threads are to its standard error; hardly any program uses this signal."""
 _REHEARSAL = b"""import os, sys, time
@@ -68,9 +70,11 @@ class Launch:
     """Whether the process shows the job's command line already: the runner did while it forked."""
     adds: bool = False
     """Mostly three variables are new, and touching the others would copy the pages that they are on."""
+    compiled: tuple[CodeType, str] | None = None
+    """The script and the directory it is in, where the runner has compiled it."""
 
     def as_values(self) -> list[Any]:
-        """The fields, for a message."""
+        """The fields that can be sent, for a message."""
         return [
             self.path,
             self.args,
@@ -92,21 +96,27 @@ class Launch:
         return replace(self, start_method="exec")
 
 
+@dataclass(slots=True)
 class _Warm:
     """What `prepare_warm` has found out, for the children."""
 
-    environment: dict[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
     title: ProcessTitle | None = None
     seed: NumpySeed | None = None
     libraries: Libraries | None = None
-    changed_signals: tuple[int, ...] = tuple(range(1, _signal.NSIG))
-    """Those whose disposition is not the default here, or will not be in the runner."""
-    kept: list[ModuleType | FrameType]  # what must never be freed in a job: freeing closes descriptors and costs
+    signals_of_python: tuple[tuple[int, Any], ...] = ()
+    """What an interpreter does with them from its start on, for those that are not at their default in the runner."""
+    signals_of_others: tuple[tuple[int, Any], ...] = ()
+    """The same for a program that is executed."""
+    kept: list[object] = field(default_factory=list)
+    """What must never be freed in a job: freeing closes descriptors and costs."""
 
 
-_Warm.kept = []
+_warm = _Warm()
 _HAS_CLOSE_RANGE = bool(sysconfig.get_config_var("HAVE_CLOSE_RANGE"))
 """os.closerange() is one system call then; without it, it would try two thousand million descriptors."""
+_LAST_DESCRIPTOR = 0x7FFF_FFFE
+_SAFE_PATH = sys.flags.safe_path
 
 
 # -- in the warm interpreter, once ------------------------------------------------------------------------------------
@@ -115,11 +125,13 @@ _HAS_CLOSE_RANGE = bool(sysconfig.get_config_var("HAVE_CLOSE_RANGE"))
 def prepare_warm() -> None:
     """Makes the forks cheap and exact. Called last before forking, when everything to be shared is loaded."""
     _open_streams_as_on_pipes()
-    _Warm.environment = dict(os.environ)
-    _Warm.title = ProcessTitle.of_this_process(_Warm.environment)
-    _Warm.changed_signals = _signals_that_are_changed()
-    _Warm.seed = NumpySeed.of_this_process()
-    _Warm.libraries = Libraries.of_this_process()
+    _warm.environment = dict(os.environ)
+    _warm.title = ProcessTitle.of_this_process(_warm.environment)
+    changed = _signals_that_are_changed()
+    _warm.signals_of_others = tuple((number, _signal.SIG_DFL) for number in changed)
+    _warm.signals_of_python = tuple((number, _PYTHON_HANDLERS.get(number, _signal.SIG_DFL)) for number in changed)
+    _warm.seed = NumpySeed.of_this_process()
+    _warm.libraries = Libraries.of_this_process()
     if TRACEBACK_SIGNAL > 0:
         faulthandler.register(TRACEBACK_SIGNAL, file=2, all_threads=True)
     _rehearse()
@@ -140,7 +152,7 @@ def _rehearse() -> None:
             if name in modules:
                 with contextlib.suppress(AttributeError):  # another version of Python
                     getattr(modules[name], hook)()
-        _set_environment(_Warm.environment)
+        _set_environment(_warm.environment)
         _renew_preloaded_state()
         script.kept(os.devnull)
         warm_up()
@@ -148,26 +160,28 @@ def _rehearse() -> None:
 
 def warm_up() -> None:
     """Goes through what a job does first and last. A child that waits for its job has these pages of its own then."""
-    main = sys.modules["__main__"]
     interrupt = _signal.getsignal(_signal.SIGINT)
-    _reset_signals(ignored=_IGNORED_BY_PYTHON)
-    _close_all_but((0x7FFF_FFFE,), first=0x7FFF_FFF0)
-    _add_to_environment({"JOB_ID": "rehearsal"})
-    del os.environ["JOB_ID"]
-    if _Warm.title is not None:
-        _Warm.title.set(sys.orig_argv, {}, adds=True)
-    if _Warm.seed is not None:
-        _Warm.seed.renew()
+    _set_signals(_warm.signals_of_python)
+    _close_range(_LAST_DESCRIPTOR, _LAST_DESCRIPTOR)
+    if _warm.seed is not None:
+        _warm.seed.renew()
     _rehearse_script()
-    sys.modules["__main__"] = main
     _signal.signal(_signal.SIGINT, interrupt)
 
 
 def _rehearse_script() -> None:
+    main, argv, orig_argv, path = sys.modules["__main__"], sys.argv[:], sys.orig_argv[:], sys.path[:]
     script.load(os.devnull)
-    main = script.new_main("<rehearsal>")
-    exec(compile(_REHEARSAL, "<rehearsal>", "exec", dont_inherit=True), main.__dict__)
-    ending.rehearse(id(main.__dict__))
+    launch = Launch("<rehearsal>", [], {"JOB_ID": "rehearsal"}, None, "warm", sys.executable, adds=True)
+    rehearsal = _set_up(launch, sys.path[0])
+    exec(compile(_REHEARSAL, "<rehearsal>", "exec", dont_inherit=True), rehearsal.__dict__)
+    ending.rehearse(id(rehearsal.__dict__))
+    fork_hooks.activate(False)
+    del os.environ["JOB_ID"]
+    if _warm.title is not None:
+        _warm.title.set(orig_argv, {}, adds=True)
+    sys.argv[:], sys.orig_argv[:], sys.path[:] = argv, orig_argv, path
+    sys.modules["__main__"] = main
 
 
 def _open_streams_as_on_pipes() -> None:
@@ -189,46 +203,53 @@ def _open_streams_as_on_pipes() -> None:
 # -- in the runner, for each job --------------------------------------------------------------------------------------
 
 
+def keep(owner: object) -> None:
+    """The owner of descriptors that a job closes: freed in a job, it would close one of the job's."""
+    _warm.kept.append(owner)
+
+
 def before_fork(launch: Launch) -> Launch:
     """Does here what a child would do at the price of copied pages: shows the job's command line, compiles its script.
 
     `after_fork` takes the command line back.
     """
-    if launch.start_method != "warm" or _Warm.title is None:
+    if launch.start_method != "warm" or _warm.title is None:
         return launch
     if launch.run_as is None and os.path.isabs(launch.path):
-        script.keep_compiled(launch.path)
-    _Warm.title.set([launch.python, launch.path, *launch.args], launch.env, adds=launch.adds)
+        launch.compiled = script.compiled(launch.path)
+    _warm.title.set([launch.python, launch.path, *launch.args], launch.env, adds=launch.adds)
     launch.titled = True
     return launch
 
 
 def after_fork(launch: Launch) -> None:
     """To be called in the runner alone."""
-    if launch.titled and _Warm.title is not None:
-        _Warm.title.restore()
+    if launch.titled and _warm.title is not None:
+        _warm.title.restore()
 
 
 # -- in the job's process ---------------------------------------------------------------------------------------------
 
 
 def enter(
-    launch: Launch, stdin_fd: int, stdout_fd: int, stderr_fd: int, *, runner_pid: int, keep: Iterable[int] = ()
+    launch: Launch, stdin_fd: int, stdout_fd: int, stderr_fd: int, *, runner_pid: int, kept_fd: int | None = None
 ) -> None:
-    """Becomes a process of its own with these standard streams, and nothing else of the runner's but `keep`.
+    """Becomes a process of its own with these standard streams, and nothing else of the runner's but `kept_fd`.
 
     The umask stays. The descriptors given are above 2. Raises OSError.
     """
-    _signal.set_wakeup_fd(-1)
-    die_with_parent(runner_pid, _signal.SIGKILL)
-    os.setsid()
-    _reset_signals(ignored=_IGNORED_BY_PYTHON if launch.start_method == "warm" else ())
-    # The callers' objects own descriptors that are closed here: freed later, they would close one of the job's.
-    _Warm.kept.append(sys._getframe())
-    os.dup2(stdin_fd, 0)
-    os.dup2(stdout_fd, 1)
-    os.dup2(stderr_fd, 2)
-    _close_all_but(keep)
+    set_wakeup_fd(-1)
+    die_with_parent(runner_pid, SIGKILL)
+    setsid()
+    _set_signals(_warm.signals_of_python if launch.start_method == "warm" else _warm.signals_of_others)
+    dup2(stdin_fd, 0)
+    dup2(stdout_fd, 1)
+    dup2(stderr_fd, 2)
+    if kept_fd is None:
+        _close_range(3, _LAST_DESCRIPTOR)
+    else:
+        _close_range(3, kept_fd - 1)
+        _close_range(kept_fd + 1, _LAST_DESCRIPTOR)
     if launch.run_as is not None:
         _become_user(launch.run_as, runner_pid)
     if launch.cwd is not None:
@@ -242,39 +263,25 @@ def _become_user(ids: list[int], runner_pid: int) -> None:
     die_with_parent(runner_pid, _signal.SIGKILL)
 
 
-def _signals_that_are_changed() -> tuple[int, ...]:
-    changed = {_signal.SIGCHLD, _signal.SIGINT, _signal.SIGTERM, *_IGNORED_BY_PYTHON}
+def _signals_that_are_changed() -> list[int]:
+    """Those whose disposition is not the default here, or will not be in the runner."""
+    changed = {_signal.SIGCHLD, _signal.SIGINT, _signal.SIGTERM, *_PYTHON_HANDLERS}
     defaults = (_signal.SIG_DFL, None)
     changed |= {number for number in range(1, _signal.NSIG) if _signal.getsignal(number) not in defaults}
-    return tuple(sorted(int(number) for number in changed))
+    return sorted(int(number) for number in changed)
 
 
-def _reset_signals(ignored: Collection[int]) -> None:
-    for number in _Warm.changed_signals:
-        handler = _signal.getsignal(number)
-        if number == _signal.SIGINT and ignored:
-            if handler is not _signal.default_int_handler:
-                _signal.signal(number, _signal.default_int_handler)
-        elif number in ignored:
-            if handler != _signal.SIG_IGN:
-                _signal.signal(number, _signal.SIG_IGN)
-        elif handler != _signal.SIG_DFL and handler is not None:
-            _signal.signal(number, _signal.SIG_DFL)
-    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-
-
-def _close_all_but(keep: Iterable[int], first: int = 3) -> None:
-    for descriptor in sorted(keep):
-        _close_range(first, descriptor - 1)
-        first = descriptor + 1
-    _close_range(first, 0x7FFF_FFFE)
+def _set_signals(handlers: tuple[tuple[int, Any], ...]) -> None:
+    for number, handler in handlers:
+        before = getsignal(number)
+        if before != handler and before is not None:
+            signal(number, handler)
+    pthread_sigmask(SIG_SETMASK, ())
 
 
 def _close_range(first: int, last: int) -> None:
-    if first > last:
-        return
     if _HAS_CLOSE_RANGE:
-        os.closerange(first, last + 1)
+        closerange(first, last + 1)
         return
     for name in os.listdir("/dev/fd"):  # an old kernel or C library, or not Linux
         if first <= int(name) <= last:
@@ -284,7 +291,7 @@ def _close_range(first: int, last: int) -> None:
 
 def execute(launch: Launch) -> NoReturn:
     """Becomes a fresh interpreter that runs the script. Raises OSError."""
-    env = {**_Warm.environment, **launch.env} if launch.adds else launch.env
+    env = {**_warm.environment, **launch.env} if launch.adds else launch.env
     os.execve(launch.python, [launch.python, launch.path, *launch.args], env)
 
 
@@ -295,37 +302,42 @@ def run(launch: Launch) -> NoReturn:
     its message is exact, and nothing has happened yet. Called at the bottom of the stack.
     """
     try:
-        code, directory = script.kept(launch.path) or script.load(launch.path)
+        code, directory = launch.compiled or script.kept(launch.path) or script.load(launch.path)
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-        _reset_signals(ignored=())
+        _set_signals(_warm.signals_of_others)
         try:
             execute(launch)
         except OSError as error:
             os.write(2, f"{launch.python}: cannot be executed: {error.strerror}\n".encode())
             os._exit(127)
-    fork_hooks.register()
-    arguments = [launch.python, launch.path, *launch.args]
-    if launch.adds:
-        _add_to_environment(launch.env)
-    else:
-        _set_environment(launch.env)
-    if _Warm.title is not None and not launch.titled:
-        _Warm.title.set(arguments, launch.env, adds=launch.adds)
-    _renew_preloaded_state()
-    sys.argv[:] = [launch.path, *launch.args]
-    sys.orig_argv[:] = [launch.python, launch.path, *launch.args]
-    if sys.flags.safe_path:
-        del sys.path[0]
-    else:
-        sys.path[0] = directory
-    main = script.new_main(launch.path)
     errors: list[BaseException] = []
+    main = _set_up(launch, directory)
     try:
         exec(code, main.__dict__)
     except BaseException as error:
         errors.append(error)  # reported outside of this block, or it would be the context of what comes then
     del main, code
-    ending.end(errors, _Warm.libraries)
+    ending.end(errors, _warm.libraries)
+
+
+def _set_up(launch: Launch, directory: str) -> ModuleType:
+    """Makes everything as the script expects it, and returns its `__main__`."""
+    fork_hooks.activate()
+    path, arguments = launch.path, launch.args
+    if launch.adds:
+        _add_to_environment(launch.env)
+    else:
+        _set_environment(launch.env)
+    if _warm.title is not None and not launch.titled:
+        _warm.title.set([launch.python, path, *arguments], launch.env, adds=launch.adds)
+    _renew_preloaded_state()
+    sys.argv[:] = [path, *arguments]
+    sys.orig_argv[:] = [launch.python, path, *arguments]
+    if _SAFE_PATH:
+        del sys.path[0]
+    else:
+        sys.path[0] = directory
+    return script.new_main(path)
 
 
 def forget_ourselves() -> None:
@@ -334,7 +346,7 @@ def forget_ourselves() -> None:
     Once, in the warm interpreter: from here on nothing of ours is imported, neither there nor in a runner.
     """
     for name in [name for name in sys.modules if name.partition(".")[0] == "supervisor"]:
-        _Warm.kept.append(sys.modules.pop(name))
+        _warm.kept.append(sys.modules.pop(name))
 
 
 def _add_to_environment(env: dict[str, str]) -> None:
@@ -346,7 +358,7 @@ def _add_to_environment(env: dict[str, str]) -> None:
 
 def _set_environment(env: dict[str, str]) -> None:
     """Makes os.environ and the C library's environment `env`, touching only what differs."""
-    base = _Warm.environment
+    base = _warm.environment
     for name, value in env.items():
         if base.get(name) != value:
             os.environ[name] = value
@@ -370,5 +382,5 @@ def _renew_preloaded_state() -> None:
         process._current_process = type(process._current_process)()  # draws a new authkey
         process._process_counter = itertools.count(1)
         process.ORIGINAL_DIR = os.getcwd()
-    if _Warm.seed is not None:
-        _Warm.seed.renew()
+    if _warm.seed is not None:
+        _warm.seed.renew()

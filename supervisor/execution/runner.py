@@ -134,6 +134,7 @@ class Runner:
         groups = interpreter.memory_groups
         self._group = SlotGroup(f"{groups}-{slot}") if groups is not None else None
         self._relief = Relief(interpreter.lookout) if interpreter.lookout is not None else None
+        child.keep(self)
         self._own_rss: int = psutil.Process().memory_info().rss
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._errors, self._errors_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -330,7 +331,7 @@ class Runner:
             if self._group is not None:
                 self._group.join()
             parent_pid = runner_pid if self._isolation is None else INIT_PID
-            child.enter(launch, null, stdout, stderr, runner_pid=parent_pid, keep=(self._errors_end,))
+            child.enter(launch, null, stdout, stderr, runner_pid=parent_pid, kept_fd=self._errors_end)
             if launch.start_method == "exec":
                 child.execute(launch)
             os.close(self._errors_end)

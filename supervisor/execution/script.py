@@ -13,7 +13,7 @@ from typing import Any
 MAX_KEPT_BYTES = 1_000_000
 SETTLED_NS = 2_000_000_000
 """A file changed this recently may change again without a new modification time."""
-_SourceFileLoader: Any = sys.modules["_frozen_importlib_external"].SourceFileLoader
+SourceFileLoader: Any = sys.modules["_frozen_importlib_external"].SourceFileLoader
 
 
 class Text:
@@ -34,39 +34,40 @@ class _Compiled:
     """The script that was asked for last, and its code once it was asked for twice."""
 
     key: tuple[object, ...] | None = None
-    code: CodeType | None = None
-    directory: str = ""
+    found: tuple[CodeType, str] | None = None
     refused: bool = False
 
 
 _compiled = _Compiled()
 
 
-def keep_compiled(path: str) -> None:
-    """In the runner: a script that runs again and again is compiled once. One that does not compile without a word
-    is left to each child, and so is one that was changed a moment ago."""
+def compiled(path: str) -> tuple[CodeType, str] | None:
+    """In the runner: a script that runs again and again is compiled once; its code, and its directory as in `load`.
+
+    None for one that does not compile without a word, or was changed a moment ago: it is left to each child.
+    """
     key = _key(path)
     if key is None or key != _compiled.key:
-        _compiled.key, _compiled.code, _compiled.refused = key, None, False
-        return
-    if _compiled.code is not None or _compiled.refused:
-        return
-    try:
-        code, directory, text = _compile(path)
-    except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-        _compiled.refused = True
-        return
-    if text:
-        _compiled.refused = True
-    else:
-        _compiled.code, _compiled.directory = code, directory
+        _compiled.key, _compiled.found, _compiled.refused = key, None, False
+        return None
+    if _compiled.found is None and not _compiled.refused:
+        try:
+            code, directory, text = _compile(path)
+        except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
+            _compiled.refused = True
+            return None
+        if text:
+            _compiled.refused = True
+        else:
+            _compiled.found = code, directory
+    return _compiled.found
 
 
 def kept(path: str) -> tuple[CodeType, str] | None:
     """The compiled script, where the file is still the one that was compiled."""
-    if _compiled.code is None or _compiled.key != _key(path):
+    if _compiled.found is None or _compiled.key != _key(path):
         return None
-    return _compiled.code, _compiled.directory
+    return _compiled.found
 
 
 def _key(path: str) -> tuple[object, ...] | None:
@@ -126,7 +127,7 @@ def new_main(path: str) -> ModuleType:
     """A fresh `__main__` as the interpreter makes it, in sys.modules behind everything preloaded."""
     main = ModuleType("__main__")
     namespace = main.__dict__
-    namespace["__loader__"] = _SourceFileLoader("__main__", path)
+    namespace["__loader__"] = SourceFileLoader("__main__", path)
     namespace["__annotations__"] = {}
     namespace["__builtins__"] = sys.modules["builtins"]
     namespace["__file__"] = path

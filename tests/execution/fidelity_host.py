@@ -62,6 +62,7 @@ def serve(connection: socket.socket, names: frozenset[str], environment: dict[st
 def main() -> Launch | None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
+    child.keep(connection)
     own = sys.path.pop(0)
     for name in sys.argv[2].split(",") if sys.argv[2] else ():
         importlib.import_module(name)
