@@ -134,8 +134,10 @@ def prepare_warm() -> None:
     _warm.libraries = Libraries.of_this_process()
     if TRACEBACK_SIGNAL > 0:
         faulthandler.register(TRACEBACK_SIGNAL, file=2, all_threads=True)
+    gc.collect()
     _rehearse()
     forget_ourselves()
+    gc.unfreeze()  # each rehearsal has frozen what the one before it left
     gc.collect()
     gc.freeze()  # a collection in a child then leaves all shared objects alone
 
@@ -337,6 +339,7 @@ def _set_up(launch: Launch, directory: str) -> ModuleType:
         del sys.path[0]
     else:
         sys.path[0] = directory
+    gc.freeze()  # what the runner has left here is no more of a collection's business than what was preloaded
     return script.new_main(path)
 
 

@@ -33,16 +33,18 @@ import ctypes
 import gc
 import os
 import sys
-from types import SimpleNamespace, TracebackType
+from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any, NoReturn
 
 from supervisor.execution.libraries import Libraries
-from supervisor.execution.script import Text
+from supervisor.execution.script import SourceFileLoader, Text
 
 FLUSH_FAILED_EXIT_CODE = 120
 _exit: Any = ctypes.PyDLL(None).exit  # with the GIL held: no thread runs Python code any more
 _fflush: Any = ctypes.PyDLL(None).fflush
 _IOBase: Any = _io._IOBase
+_INERT = frozenset({type(None), bool, int, float, str, bytes, ModuleType, SourceFileLoader})
+"""Types whose objects do nothing when they are freed."""
 _GONE_AT_EXIT = ("path", "argv", "last_exc", "last_type", "last_value", "last_traceback", "meta_path")
 
 
@@ -52,6 +54,10 @@ def end(errors: list[BaseException], libraries: Libraries | None) -> NoReturn:
     The list is emptied: what its traceback refers to is freed before the process ends.
     """
     exit_code, interrupted = 0, False
+    if not errors and libraries is not None and _only_output_is_left() and libraries.can_be_left_alone():
+        exit_code = 0 if _flush_streams() else FLUSH_FAILED_EXIT_CODE
+        _fflush(None)
+        os._exit(exit_code)
     if errors:
         error = errors.pop()
         error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None  # less the caller's frame
@@ -59,6 +65,26 @@ def end(errors: list[BaseException], libraries: Libraries | None) -> NoReturn:
         exit_code = _report(error)
         del error
     _end(exit_code, interrupted, libraries)
+
+
+def _only_output_is_left() -> bool:
+    """Whether a script was so simple that flushing its output is all there is to do: with no thread, no exit handler,
+    and nothing that could notice being freed. All objects that were there before its `__main__` are frozen."""
+    if _thread._count() or atexit._ncallbacks() or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
+        return False
+    objects = gc.get_objects()
+    if len(objects) != 3:  # the module, its namespace and its loader
+        return False
+    main = sys.modules.get("__main__")
+    for found in objects:
+        if found is main:
+            break
+    else:
+        return False
+    for value in main.__dict__.values():
+        if type(value) not in _INERT and (type(value) is not dict or value):
+            return False
+    return True
 
 
 def _report(error: BaseException) -> int:
@@ -278,6 +304,7 @@ def _clear(namespace: dict[str, Any]) -> None:
 
 def rehearse(namespace_id: int) -> None:
     """Does what every script's end does."""
+    _only_output_is_left()
     _flush_streams()
     _drop_signal_handlers()
     _imported_names()
