@@ -25,7 +25,7 @@ from os import closerange, dup2, setsid  # by these names a new process finds th
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
-from supervisor.execution import ending, fork_hooks, script
+from supervisor.execution import ending, fork_hooks, huge_pages, script
 from supervisor.execution.eligibility import why_not_warm as why_not_warm
 from supervisor.execution.libraries import Libraries
 from supervisor.execution.seeds import NumpySeed
@@ -140,6 +140,7 @@ def prepare_warm() -> None:
     gc.unfreeze()  # each rehearsal has frozen what the one before it left
     gc.collect()
     gc.freeze()  # a collection in a child then leaves all shared objects alone
+    huge_pages.gather()
 
 
 def _rehearse() -> None:
