@@ -54,10 +54,6 @@ def end(errors: list[BaseException], libraries: Libraries | None) -> NoReturn:
     The list is emptied: what its traceback refers to is freed before the process ends.
     """
     exit_code, interrupted = 0, False
-    if not errors and libraries is not None and _only_output_is_left() and libraries.can_be_left_alone():
-        exit_code = 0 if _flush_streams() else FLUSH_FAILED_EXIT_CODE
-        _fflush(None)
-        os._exit(exit_code)
     if errors:
         error = errors.pop()
         error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None  # less the caller's frame
@@ -65,26 +61,6 @@ def end(errors: list[BaseException], libraries: Libraries | None) -> NoReturn:
         exit_code = _report(error)
         del error
     _end(exit_code, interrupted, libraries)
-
-
-def _only_output_is_left() -> bool:
-    """Whether a script was so simple that flushing its output is all there is to do: with no thread, no exit handler,
-    and nothing that could notice being freed. All objects that were there before its `__main__` are frozen."""
-    if _thread._count() or atexit._ncallbacks() or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
-        return False
-    objects = gc.get_objects()
-    if len(objects) != 3:  # the module, its namespace and its loader
-        return False
-    main = sys.modules.get("__main__")
-    for found in objects:
-        if found is main:
-            break
-    else:
-        return False
-    for value in main.__dict__.values():
-        if type(value) not in _INERT and (type(value) is not dict or value):
-            return False
-    return True
 
 
 def _report(error: BaseException) -> int:
@@ -163,20 +139,18 @@ def _write_stderr(text: str) -> None:
 
 
 def _end(exit_code: int, interrupted: bool, libraries: Libraries | None) -> NoReturn:
-    threading: Any = sys.modules.get("threading")
-    if threading is not None:
-        try:
-            threading._shutdown()
-        except BaseException as error:
-            error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None
-            _ignored(error, threading, "Exception ignored on threading shutdown")
-    atexit._run_exitfuncs()
+    only_output_is_left = _only_output_is_left()
+    if not only_output_is_left or _has_exit_handlers():
+        _join_threads()
+        atexit._run_exitfuncs()
+        only_output_is_left = _only_output_is_left()
     if not _flush_streams():
         exit_code = FLUSH_FAILED_EXIT_CODE
-    _drop_signal_handlers()
-    _free_modules()
-    _flush(sys.stdout)
-    _flush(sys.stderr)
+    if not only_output_is_left:
+        _drop_signal_handlers()
+        _free_modules()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
     if interrupted:
         os.kill(os.getpid(), _signal.SIGINT)
     if libraries is not None and libraries.can_be_left_alone():
@@ -184,6 +158,41 @@ def _end(exit_code: int, interrupted: bool, libraries: Libraries | None) -> NoRe
         os._exit(exit_code & 0xFF)
     _exit(exit_code)
     raise AssertionError("exit() returned")
+
+
+def _has_exit_handlers() -> bool:
+    threading: Any = sys.modules.get("threading")
+    return atexit._ncallbacks() > 0 or (threading is not None and threading._threading_atexits != [])
+
+
+def _join_threads() -> None:
+    threading: Any = sys.modules.get("threading")
+    if threading is not None:
+        try:
+            threading._shutdown()
+        except BaseException as error:
+            error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None
+            _ignored(error, threading, "Exception ignored on threading shutdown")
+
+
+def _only_output_is_left() -> bool:
+    """Whether the script was so simple that nothing could notice its end: no thread, and no object that does anything
+    when it is freed. All objects that were there before its `__main__` are frozen."""
+    if _thread._count() or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
+        return False
+    objects = gc.get_objects()
+    if len(objects) != 3:  # the module, its namespace and its loader
+        return False
+    main = sys.modules.get("__main__")
+    for found in objects:
+        if found is main:
+            break
+    else:
+        return False
+    for value in main.__dict__.values():
+        if type(value) not in _INERT and (type(value) is not dict or value):
+            return False
+    return True
 
 
 def _drop_signal_handlers() -> None:
@@ -305,6 +314,7 @@ def _clear(namespace: dict[str, Any]) -> None:
 def rehearse(namespace_id: int) -> None:
     """Does what every script's end does."""
     _only_output_is_left()
+    _has_exit_handlers()
     _flush_streams()
     _drop_signal_handlers()
     _imported_names()
