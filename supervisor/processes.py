@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from os import getppid  # by this name a new process finds it without writing to a page
 from pathlib import Path
 
 import psutil
@@ -136,8 +137,9 @@ def die_with_parent(parent_pid: int, sig: int) -> None:
     Exits with 1 at once when the parent is gone already. The signal comes when the *thread* that forked ends,
     so only children of single-threaded parents may use it. An exec keeps the setting, a fork does not.
     """
-    _prctl(_PR_SET_PDEATHSIG, sig)
-    if os.getppid() != parent_pid:
+    if _prctl_call is not None and _prctl_call(_PR_SET_PDEATHSIG, sig, 0, 0, 0) != 0:
+        raise OSError(f"prctl({_PR_SET_PDEATHSIG}, {sig}) failed")
+    if getppid() != parent_pid:
         os._exit(1)
 
 

@@ -36,6 +36,7 @@ _PYTHON_HANDLERS: dict[int, Any] = {
     **{getattr(_signal, name): _signal.SIG_IGN for name in ("SIGPIPE", "SIGXFSZ", "SIGXFZ") if hasattr(_signal, name)},
     _signal.SIGINT: _signal.default_int_handler,
 }
+_CHANGED_BY_RUNNER = (_signal.SIGCHLD, _signal.SIGINT, _signal.SIGTERM)
 TRACEBACK_SIGNAL = int(getattr(_signal, "SIGRTMAX", 0)) - 1
 """Makes a warm job write where its threads are to its standard error; hardly any program uses this signal."""
 _REHEARSAL = b"""import os, sys, time
@@ -105,7 +106,7 @@ class _Warm:
     seed: NumpySeed | None = None
     libraries: Libraries | None = None
     signals_of_python: tuple[tuple[int, Any], ...] = ()
-    """What an interpreter does with them from its start on, for those that are not at their default in the runner."""
+    """What an interpreter does with them from its start on, where the runner does something else."""
     signals_of_others: tuple[tuple[int, Any], ...] = ()
     """The same for a program that is executed."""
     kept: list[object] = field(default_factory=list)
@@ -127,9 +128,8 @@ def prepare_warm() -> None:
     _open_streams_as_on_pipes()
     _warm.environment = dict(os.environ)
     _warm.title = ProcessTitle.of_this_process(_warm.environment)
-    changed = _signals_that_are_changed()
-    _warm.signals_of_others = tuple((number, _signal.SIG_DFL) for number in changed)
-    _warm.signals_of_python = tuple((number, _PYTHON_HANDLERS.get(number, _signal.SIG_DFL)) for number in changed)
+    _warm.signals_of_python = _other_than_in_runner(_PYTHON_HANDLERS)
+    _warm.signals_of_others = _other_than_in_runner({})
     _warm.seed = NumpySeed.of_this_process()
     _warm.libraries = Libraries.of_this_process()
     if TRACEBACK_SIGNAL > 0:
@@ -178,7 +178,7 @@ def _rehearse_script() -> None:
     launch = Launch("<rehearsal>", [], {"JOB_ID": "rehearsal"}, None, "warm", sys.executable, adds=True)
     rehearsal = _set_up(launch, sys.path[0])
     exec(compile(_REHEARSAL, "<rehearsal>", "exec", dont_inherit=True), rehearsal.__dict__)
-    ending.rehearse(id(rehearsal.__dict__))
+    ending.rehearse(id(rehearsal.__dict__), _warm.libraries)
     fork_hooks.activate(False)
     del os.environ["JOB_ID"]
     if _warm.title is not None:
@@ -244,7 +244,7 @@ def enter(
     set_wakeup_fd(-1)
     die_with_parent(runner_pid, SIGKILL)
     setsid()
-    _set_signals(_warm.signals_of_python if launch.start_method == "warm" else _warm.signals_of_others)
+    _set_signals(_warm.signals_of_python)
     dup2(stdin_fd, 0)
     dup2(stdout_fd, 1)
     dup2(stderr_fd, 2)
@@ -266,12 +266,14 @@ def _become_user(ids: list[int], runner_pid: int) -> None:
     die_with_parent(runner_pid, _signal.SIGKILL)
 
 
-def _signals_that_are_changed() -> list[int]:
-    """Those whose disposition is not the default here, or will not be in the runner."""
-    changed = {_signal.SIGCHLD, _signal.SIGINT, _signal.SIGTERM, *_PYTHON_HANDLERS}
-    defaults = (_signal.SIG_DFL, None)
-    changed |= {number for number in range(1, _signal.NSIG) if _signal.getsignal(number) not in defaults}
-    return sorted(int(number) for number in changed)
+def _other_than_in_runner(handlers: dict[int, Any]) -> tuple[tuple[int, Any], ...]:
+    """Of these handlers, and the default for all other signals, those that may be set differently in the runner."""
+    wanted = {number: handlers.get(number, _signal.SIG_DFL) for number in range(1, _signal.NSIG)}
+    return tuple(
+        (number, handler)
+        for number, handler in wanted.items()
+        if number in _CHANGED_BY_RUNNER or _signal.getsignal(number) not in (handler, None)
+    )
 
 
 def _set_signals(handlers: tuple[tuple[int, Any], ...]) -> None:
@@ -294,6 +296,7 @@ def _close_range(first: int, last: int) -> None:
 
 def execute(launch: Launch) -> NoReturn:
     """Becomes a fresh interpreter that runs the script. Raises OSError."""
+    _set_signals(_warm.signals_of_others)
     env = {**_warm.environment, **launch.env} if launch.adds else launch.env
     os.execve(launch.python, [launch.python, launch.path, *launch.args], env)
 
@@ -307,7 +310,6 @@ def run(launch: Launch) -> NoReturn:
     try:
         code, directory = launch.compiled or script.kept(launch.path) or script.load(launch.path)
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-        _set_signals(_warm.signals_of_others)
         try:
             execute(launch)
         except OSError as error:

@@ -33,6 +33,7 @@ import ctypes
 import gc
 import os
 import sys
+from os import _exit as end_process
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any, NoReturn
 
@@ -155,7 +156,7 @@ def _end(exit_code: int, interrupted: bool, libraries: Libraries | None) -> NoRe
         os.kill(os.getpid(), _signal.SIGINT)
     if libraries is not None and libraries.can_be_left_alone():
         _fflush(None)
-        os._exit(exit_code & 0xFF)
+        end_process(exit_code & 0xFF)
     _exit(exit_code)
     raise AssertionError("exit() returned")
 
@@ -311,8 +312,10 @@ def _clear(namespace: dict[str, Any]) -> None:
         namespace[name] = None
 
 
-def rehearse(namespace_id: int) -> None:
+def rehearse(namespace_id: int, libraries: Libraries | None) -> None:
     """Does what every script's end does."""
+    if libraries is not None:
+        libraries.can_be_left_alone()
     _only_output_is_left()
     _has_exit_handlers()
     _flush_streams()

@@ -39,7 +39,8 @@ class Libraries:
 
     def __init__(self, names: list[str], last: Any) -> None:
         self.unknown = [name for name in names if not _HARMLESS.fullmatch(name)]
-        self._next = ctypes.c_void_p.from_address(ctypes.addressof(last) + _LinkMap.next.offset)
+        next_one = ctypes.c_void_p.from_address(ctypes.addressof(last) + _LinkMap.next.offset)
+        self._next = memoryview(next_one).cast("B")  # unlike an object of ctypes, it is read without a page to copy
 
     @classmethod
     def of_this_process(cls) -> Libraries | None:
@@ -59,4 +60,4 @@ class Libraries:
 
     def can_be_left_alone(self) -> bool:
         """Whether the process may end without their destructors."""
-        return not self.unknown and self._next.value is None
+        return not self.unknown and not any(self._next)

@@ -219,16 +219,10 @@ class Runner:
             self._refuse(run, descriptors, Ending.LEASE_ENDED, "its lease ended before it was started")
             return None
         interpreter = self._interpreter
-        launch = Launch(
-            path=run.path,
-            args=run.args,
-            env=run.env if run.user_env is None else {**interpreter.environment, **run.user_env, **run.env},
-            cwd=run.cwd,
-            start_method=run.start_method,
-            python=run.python,
-            run_as=run.run_as,
-            adds=run.user_env is None,
-        )
+        env = run.env if run.user_env is None else {**interpreter.environment, **run.user_env, **run.env}
+        # Not by keywords, here and below: each would be another page to write to, and to copy after a fork.
+        launch = Launch(run.path, run.args, env, run.cwd, run.start_method, run.python, run.run_as)
+        launch.adds = run.user_env is None
         story = []
         if run.start_method == "warm":
             reason = self._why_not_warm(launch, run.user_env or {})
@@ -255,15 +249,9 @@ class Runner:
             child.after_fork(prepared)
         os.close(stdout)
         os.close(stderr)
-        self._attempt = Attempt(
-            run=run,
-            warm=launch.start_method == "warm",
-            pid=pid,
-            started=started,
-            first_look=started + min(FIRST_LOOK_SECONDS, run.check_interval_seconds),
-            report_at=started,
-            story=story,
-        )
+        first_look = started + min(FIRST_LOOK_SECONDS, run.check_interval_seconds)
+        self._attempt = attempt = Attempt(run, launch.start_method == "warm", pid, started, first_look)
+        attempt.report_at, attempt.story = started, story
         return None
 
     def _refuse(self, run: Run, descriptors: list[int], ending: Ending, error: str) -> None:
@@ -501,18 +489,18 @@ class Runner:
                 attempt.ending, attempt.error, exit_code = Ending.START_FAILED, error, None
         self._worker.send(
             Ended(
-                token=attempt.run.token,
-                ending=attempt.ending.value,
-                exit_code=exit_code,
-                error=attempt.error,
-                duration_seconds=ended - attempt.started,
-                peak_memory_mb=None if exit_code is None else self._peak_mb(attempt, peak_rss),
-                kill_delay_seconds=attempt.kill_delay_seconds,
-                leftovers=leftovers,
-                story=attempt.story,
-                samples=self._samples(attempt),
-                began=attempt.started,
-                gone=clock(),
+                attempt.run.token,
+                attempt.ending._value_,  # what `value` gives by way of two functions
+                exit_code,
+                attempt.error,
+                ended - attempt.started,
+                None if exit_code is None else self._peak_mb(attempt, peak_rss),
+                attempt.kill_delay_seconds,
+                leftovers,
+                attempt.story,
+                self._samples(attempt),
+                attempt.started,
+                clock(),
             )
         )
         if attempt.monitor is not None:
