@@ -71,8 +71,10 @@ class Launch:
     """Whether the process shows the job's command line already: the runner did while it forked."""
     adds: bool = False
     """Mostly three variables are new, and touching the others would copy the pages that they are on."""
-    compiled: tuple[CodeType, str] | None = None
-    """The script and the directory it is in, where the runner has compiled it."""
+    directory: str = ""
+    """The one that the script is in, with all links followed, once it was looked for."""
+    code: CodeType | None = None
+    """The script, where the runner has compiled it."""
 
     def as_values(self) -> list[Any]:
         """The fields that can be sent, for a message."""
@@ -86,6 +88,7 @@ class Launch:
             self.run_as,
             self.titled,
             self.adds,
+            self.directory,
         ]
 
     @classmethod
@@ -157,7 +160,7 @@ def _rehearse() -> None:
                     getattr(modules[name], hook)()
         _set_environment(_warm.environment)
         _renew_preloaded_state()
-        script.kept(os.devnull)
+        script.kept(os.devnull, "")
         warm_up()
 
 
@@ -219,7 +222,7 @@ def before_fork(launch: Launch) -> Launch:
     if launch.start_method != "warm" or _warm.title is None:
         return launch
     if launch.run_as is None and os.path.isabs(launch.path):
-        launch.compiled = script.compiled(launch.path)
+        launch.code = script.compiled(launch.path, launch.directory)
     _warm.title.set([launch.python, launch.path, *launch.args], launch.env, adds=launch.adds)
     launch.titled = True
     return launch
@@ -308,7 +311,10 @@ def run(launch: Launch) -> NoReturn:
     its message is exact, and nothing has happened yet. Called at the bottom of the stack.
     """
     try:
-        code, directory = launch.compiled or script.kept(launch.path) or script.load(launch.path)
+        code = launch.code or script.kept(launch.path, launch.directory)
+        directory = launch.directory
+        if code is None:
+            code, directory = script.load(launch.path)
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
         try:
             execute(launch)

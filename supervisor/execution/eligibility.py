@@ -30,6 +30,7 @@ def why_not_warm(
 ) -> str | None:
     """The reason why a fork of the warm interpreter would not do what `python script.py` does, or None.
 
+    Sets the directory that the script was found in.
     `base_env` is the environment of the warm interpreter, `top_level_names` are the modules it has loaded, `python`
     is its executable. Source that does not compile is found out only in the child, see `run`.
     """
@@ -45,7 +46,7 @@ def why_not_warm(
         resolved = os.path.realpath(launch.path, strict=True)
         if not stat.S_ISREG(os.stat(resolved).st_mode):
             return "it is not a plain file"
-        directory = os.path.dirname(resolved)
+        launch.directory = directory = os.path.dirname(resolved)
         candidates = _first_parts(directory).intersection(top_level_names)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"

@@ -34,50 +34,51 @@ class _Compiled:
     """The script that was asked for last, and its code once it was asked for twice."""
 
     key: tuple[object, ...] | None = None
-    found: tuple[CodeType, str] | None = None
+    code: CodeType | None = None
     refused: bool = False
 
 
 _compiled = _Compiled()
 
 
-def compiled(path: str) -> tuple[CodeType, str] | None:
-    """In the runner: a script that runs again and again is compiled once; its code, and its directory as in `load`.
+def compiled(path: str, directory: str) -> CodeType | None:
+    """In the runner: a script that runs again and again is compiled once. `directory` is where it was found.
 
     None for one that does not compile without a word, or was changed a moment ago: it is left to each child.
     """
-    key = _key(path)
+    key = _key(path, directory)
     if key is None or key != _compiled.key:
-        _compiled.key, _compiled.found, _compiled.refused = key, None, False
+        _compiled.key, _compiled.code, _compiled.refused = key, None, False
         return None
-    if _compiled.found is None and not _compiled.refused:
+    if _compiled.code is None and not _compiled.refused:
         try:
-            code, directory, text = _compile(path)
+            code, found_in, text = _compile(path)
         except (OSError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
             _compiled.refused = True
             return None
-        if text:
+        if text or found_in != directory:
             _compiled.refused = True
         else:
-            _compiled.found = code, directory
-    return _compiled.found
+            _compiled.code = code
+    return _compiled.code
 
 
-def kept(path: str) -> tuple[CodeType, str] | None:
+def kept(path: str, directory: str) -> CodeType | None:
     """The compiled script, where the file is still the one that was compiled."""
-    if _compiled.found is None or _compiled.key != _key(path):
+    if _compiled.code is None or _compiled.key != _key(path, directory):
         return None
-    return _compiled.found
+    return _compiled.code
 
 
-def _key(path: str) -> tuple[object, ...] | None:
+def _key(path: str, directory: str) -> tuple[object, ...] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
     if found.st_size > MAX_KEPT_BYTES or time.time_ns() - found.st_mtime_ns < SETTLED_NS:
         return None
-    return path, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+    # By its directory, too: two releases may share the file itself by a hard link.
+    return path, directory, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def load(path: str) -> tuple[CodeType, str]:

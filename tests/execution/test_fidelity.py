@@ -359,6 +359,25 @@ def test_a_script_that_is_kept_compiled_runs_as_it_is_on_disk(bare_host: WarmHos
     assert (exit_code, stdout) == (1, b"") and b"SyntaxError" in stderr
 
 
+def test_a_script_in_two_releases_is_run_where_it_was_asked_for(
+    bare_host: WarmHost, place: Path, tmp_path: Path
+) -> None:
+    """`rsync --link-dest` and `cp -al` make releases that share what has not changed."""
+    for release in ("old", "new"):
+        (tmp_path / release).mkdir()
+        (tmp_path / release / "of_release.py").write_text(f"print({release!r})")
+    (tmp_path / "old" / "job.py").write_text("import of_release")
+    os.utime(tmp_path / "old" / "job.py", (0, 0))
+    os.link(tmp_path / "old" / "job.py", tmp_path / "new" / "job.py")
+    current = tmp_path / "current"
+    outputs = []
+    for release in ("old", "new"):
+        current.unlink(missing_ok=True)
+        current.symlink_to(release)
+        outputs += [bare_host.run(Case(current / "job.py"), clean(place))[2] for _ in range(3)]
+    assert outputs == [b"old\n"] * 3 + [b"new\n"] * 3
+
+
 def test_a_job_ends_with_its_runner(place: Path, tmp_path: Path) -> None:
     script = tmp_path / "wait.py"
     script.write_text("import time\nprint('here', flush=True)\ntime.sleep(600)\n")
