@@ -1,0 +1,5 @@
+import gc
+
+file = open("left_open.txt", "w")
+file.write("buffered")
+gc.freeze()

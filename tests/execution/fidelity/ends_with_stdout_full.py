@@ -1,0 +1,5 @@
+import os
+
+full = os.open("/dev/full", os.O_WRONLY)
+os.dup2(full, 1)
+print("to a full device")

@@ -1,0 +1,8 @@
+import weakref
+
+
+def function():
+    pass
+
+
+reference = weakref.ref(function, lambda _: print("gone"))
