@@ -105,6 +105,8 @@ class _Warm:
     """What `prepare_warm` has found out, for the children."""
 
     environment: dict[str, str] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    """What os.environ has beyond that: it is set before the fork, and stays until the next job."""
     title: ProcessTitle | None = None
     seed: NumpySeed | None = None
     libraries: Libraries | None = None
@@ -183,7 +185,7 @@ def _rehearse_script() -> None:
     exec(compile(_REHEARSAL, "<rehearsal>", "exec", dont_inherit=True), rehearsal.__dict__)
     ending.rehearse(id(rehearsal.__dict__), _warm.libraries)
     fork_hooks.activate(False)
-    del os.environ["JOB_ID"]
+    _add_to_environment({})
     if _warm.title is not None:
         _warm.title.set(orig_argv, {}, adds=True)
     sys.argv[:], sys.orig_argv[:], sys.path[:] = argv, orig_argv, path
@@ -215,7 +217,8 @@ def keep(owner: object) -> None:
 
 
 def before_fork(launch: Launch) -> Launch:
-    """Does here what a child would do at the price of copied pages: shows the job's command line, compiles its script.
+    """Does here what a child would do at the price of copied pages: shows the job's command line, compiles its script,
+    and sets its variables.
 
     `after_fork` takes the command line back.
     """
@@ -225,6 +228,8 @@ def before_fork(launch: Launch) -> Launch:
         launch.code = script.compiled(launch.path, launch.directory)
     _warm.title.set([launch.python, launch.path, *launch.args], launch.env, adds=launch.adds)
     launch.titled = True
+    if launch.adds:
+        _add_to_environment(launch.env)
     return launch
 
 
@@ -362,14 +367,32 @@ def forget_ourselves() -> None:
 
 
 def _add_to_environment(env: dict[str, str]) -> None:
-    for name, value in env.items():
-        os.environ[name] = value
-    if "TZ" in env:
+    """Makes os.environ and the C library's environment those of the start, and `env` behind them.
+
+    What was added for the job before goes. Mostly it has the same names, and hardly anything is to be changed.
+    """
+    before = _warm.added
+    if env is before:
+        return
+    _warm.added = env
+    if list(env) == list(before):
+        for name, value in env.items():
+            if value != before[name]:
+                os.environ[name] = value
+    else:
+        for name in before:
+            if name in _warm.environment:
+                os.environ[name] = _warm.environment[name]
+            else:
+                del os.environ[name]
+        os.environ.update(env)
+    if "TZ" in env or "TZ" in before:
         time.tzset()
 
 
 def _set_environment(env: dict[str, str]) -> None:
     """Makes os.environ and the C library's environment `env`, touching only what differs."""
+    _add_to_environment({})
     base = _warm.environment
     for name, value in env.items():
         if base.get(name) != value:

@@ -153,24 +153,27 @@ class WarmHost:
     def kill(self) -> None:
         self._process.kill()
 
-    def run(self, case: Case, cwd: Path, start_method: str = "warm") -> tuple[int, str | None, bytes, bytes]:
+    def run(
+        self, case: Case, cwd: Path, start_method: str = "warm", *, adds: bool = False
+    ) -> tuple[int, str | None, bytes, bytes]:
         """Exit code, the reason why it was not warm, stdout and stderr."""
         stdout, stdout_end = os.pipe()
         stderr, stderr_end = os.pipe()
-        self.start(case, cwd, stdout_end, stderr_end, start_method=start_method)
+        self.start(case, cwd, stdout_end, stderr_end, start_method=start_method, adds=adds)
         output = read_both(stdout, stderr)
         answer = json.loads(self._connection.recv(65_536))
         return answer[0], answer[1], *output
 
-    def start(self, case: Case, cwd: Path, *outputs: int, start_method: str = "warm") -> None:
+    def start(self, case: Case, cwd: Path, *outputs: int, start_method: str = "warm", adds: bool = False) -> None:
         """Starts a job with these ends of pipes as stdout and stderr; closes them here."""
         launch = {
             "path": str(case.script),
             "args": case.args,
-            "env": {**JOB_ENVIRONMENT, **case.env},
+            "env": case.env if adds else {**JOB_ENVIRONMENT, **case.env},
             "cwd": str(cwd),
             "start_method": start_method,
             "python": sys.executable,
+            "adds": adds,
         }
         stdin = os.open(os.devnull, os.O_RDONLY)
         try:
@@ -376,6 +379,32 @@ def test_a_script_in_two_releases_is_run_where_it_was_asked_for(
         current.symlink_to(release)
         outputs += [bare_host.run(Case(current / "job.py"), clean(place))[2] for _ in range(3)]
     assert outputs == [b"old\n"] * 3 + [b"new\n"] * 3
+
+
+def test_variables_of_one_job_are_gone_in_the_next(place: Path, tmp_path: Path) -> None:
+    """They are added to the interpreter's before the fork: the runner has those of the job before."""
+    script = tmp_path / "variables.py"
+    script.write_text("import os, time\nprint(list(os.environ.items()), time.tzname, flush=True)\nos.system('env')\n")
+    host = WarmHost([])
+    try:
+        for added in (
+            {"JOB_ID": "1", "SECRET": "of the first"},
+            {"JOB_ID": "2", "SECRET": "of the second"},
+            {"TZ": "Asia/Tokyo", "FIDELITY": "another", "JOB_ID": "3"},
+            {"JOB_ID": "4", "SECRET": "of the fourth"},
+            {},
+            {"JOB_ID": "6", "REMOVED": ""},
+        ):
+            environment = {**ENVIRONMENT, **added}
+            fresh = subprocess.run(
+                [sys.executable, script], env=environment, cwd=clean(place), capture_output=True, check=True
+            )
+            assert host.run(Case(script, env=added), clean(place), adds=True)[2] == fresh.stdout
+        host.run(Case(script, env={"SECRET": "of the last"}), clean(place), adds=True)
+        assert b"SECRET" not in host.run(Case(script), clean(place))[2]
+        assert b"SECRET" not in host.run(Case(script), clean(place), "exec", adds=True)[2]
+    finally:
+        host.close()
 
 
 def test_a_job_ends_with_its_runner(place: Path, tmp_path: Path) -> None:
