@@ -140,14 +140,15 @@ def _write_stderr(text: str) -> None:
 
 
 def _end(exit_code: int, interrupted: bool, libraries: Libraries | None) -> NoReturn:
-    only_output_is_left = _only_output_is_left()
-    if not only_output_is_left or _has_exit_handlers():
+    only_output_may_be_left = not _thread._count() and not _has_exit_handlers() and _prints_as_at_the_start()
+    if not only_output_may_be_left:
         _join_threads()
         atexit._run_exitfuncs()
-        only_output_is_left = _only_output_is_left()
     if not _flush_streams():
         exit_code = FLUSH_FAILED_EXIT_CODE
-    if not only_output_is_left:
+    if not _only_output_was_left():
+        if only_output_may_be_left:
+            _join_threads()
         _drop_signal_handlers()
         _free_modules()
         _flush(sys.stdout)
@@ -176,16 +177,21 @@ def _join_threads() -> None:
             _ignored(error, threading, "Exception ignored on threading shutdown")
 
 
-def _only_output_is_left() -> bool:
-    """Whether the script was so simple that nothing could notice its end: no thread, and no object that does anything
-    when it is freed. All objects that were there before its `__main__` are frozen."""
-    if _thread._count() or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
-        return False
+def _prints_as_at_the_start() -> bool:
+    stdout, stderr = getattr(sys, "stdout", None), getattr(sys, "stderr", None)
+    return stdout is not None and stdout is sys.__stdout__ and stderr is not None and stderr is sys.__stderr__
+
+
+def _only_output_was_left() -> bool:
+    """Whether the script was so simple that nothing can notice the rest of its end: no thread, and no object that does
+    anything when it is freed. All objects that were there before its `__main__` are frozen."""
     objects = gc.get_objects()
-    if len(objects) != 3:  # the module, its namespace and its loader
+    if len(objects) != 3 or _thread._count() or not _prints_as_at_the_start():
         return False
     main = sys.modules.get("__main__")
-    for found in objects:
+    if type(main) is not ModuleType:
+        return False
+    for found in objects:  # these are the module, its namespace and its loader
         if found is main:
             break
     else:
@@ -316,8 +322,8 @@ def rehearse(namespace_id: int, libraries: Libraries | None) -> None:
     """Does what every script's end does."""
     if libraries is not None:
         libraries.can_be_left_alone()
-    _only_output_is_left()
     _has_exit_handlers()
+    _only_output_was_left()
     _flush_streams()
     _drop_signal_handlers()
     _imported_names()

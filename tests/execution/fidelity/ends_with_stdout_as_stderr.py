@@ -1,0 +1,5 @@
+import sys
+
+sys.stdout.write("first\n")
+sys.stdout = sys.stderr
+print("second")
