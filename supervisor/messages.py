@@ -228,6 +228,15 @@ class Stop:
 
 
 @dataclass(slots=True)
+class Become:
+    """Run this: the values of a `Launch`. From the runner to its spare, with standard output and error; without them
+    it is a rehearsal.
+    """
+
+    launch: list[Any]
+
+
+@dataclass(slots=True)
 class Ended:
     """The job is over, and no process of it is left. From the runner to its worker."""
 
@@ -389,7 +398,7 @@ class QueueHead:
 
 Message = (
     Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | GiveBack | NothingDue | Released
-    | Hungry | Usage | Finished | Run | Extend | Stop | Ended | WarmReady | ForkRunner | RunnerForked
+    | Hungry | Usage | Finished | Run | Extend | Stop | Become | Ended | WarmReady | ForkRunner | RunnerForked
     | Preloading | PreloadChanged | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested
     | StoreState | QueueHead
 )  # fmt: skip

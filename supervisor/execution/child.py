@@ -21,7 +21,7 @@ import sysconfig
 import time
 from _signal import SIG_SETMASK, SIGKILL, getsignal, pthread_sigmask, set_wakeup_fd, signal
 from dataclasses import dataclass, field, replace
-from os import closerange, dup2, setsid  # by these names a new process finds them without writing to a page
+from os import closerange, dup2, getpid, getsid, setsid  # by these names a new process finds them without writing to a page
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
@@ -251,7 +251,8 @@ def enter(
     """
     set_wakeup_fd(-1)
     die_with_parent(runner_pid, SIGKILL)
-    setsid()
+    if getsid(0) != getpid():  # a spare has a session of its own already
+        setsid()
     _set_signals(_warm.signals_of_python)
     dup2(stdin_fd, 0)
     dup2(stdout_fd, 1)

@@ -17,6 +17,7 @@ import json
 import os
 import select
 import signal
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -42,6 +43,8 @@ from supervisor.messages import (
     Run,
     Stop,
     Usage,
+    decode,
+    encode,
 )
 from supervisor.processes import (
     become_subreaper,
@@ -70,6 +73,22 @@ WARN_SHARE = 0.9
 TRACEBACK_SECONDS = 0.005
 """The kill waits no longer for a traceback."""
 START_FAILED_EXIT_CODE = 127
+
+
+_REHEARSAL = Run(
+    token="rehearsal",
+    path=__file__,
+    args=["argument"],
+    env={"JOB_ID": "rehearsal", "JOB_ATTEMPT": "1", "JOB_REQUIRED_MEMORY": "128"},
+    cwd=None,
+    start_method="warm",
+    python=sys.executable,
+    limit_mb=128,
+    check_interval_seconds=0.1,
+    kill_grace_seconds=5.0,
+    timeout_seconds=None,
+    deadline=0.0,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +237,7 @@ class Runner:
         if clock() >= run.deadline:  # somebody else may run it by now
             self._refuse(run, descriptors, Ending.LEASE_ENDED, "its lease ended before it was started")
             return None
-        interpreter = self._interpreter
-        env = run.env if run.user_env is None else {**interpreter.environment, **run.user_env, **run.env}
-        # Not by keywords, here and below: each would be another page to write to, and to copy after a fork.
-        launch = Launch(run.path, run.args, env, run.cwd, run.start_method, run.python, run.run_as)
-        launch.adds = run.user_env is None
+        launch = self._launch_of(run)
         story = []
         if run.start_method == "warm":
             reason = self._why_not_warm(launch, run.user_env or {})
@@ -253,6 +268,13 @@ class Runner:
         self._attempt = attempt = Attempt(run, launch.start_method == "warm", pid, started, first_look)
         attempt.report_at, attempt.story = started, story
         return None
+
+    def _launch_of(self, run: Run) -> Launch:
+        env = run.env if run.user_env is None else {**self._interpreter.environment, **run.user_env, **run.env}
+        # Not by keywords, here and in `_start`: each would be another page to write to, and to copy after a fork.
+        launch = Launch(run.path, run.args, env, run.cwd, run.start_method, run.python, run.run_as)
+        launch.adds = run.user_env is None
+        return launch
 
     def _refuse(self, run: Run, descriptors: list[int], ending: Ending, error: str) -> None:
         """Ends an attempt that never had a process."""
@@ -298,8 +320,17 @@ class Runner:
             return None
         if isinstance(forked, Spare):
             self._spare = forked
+            self._rehearse(forked)
             return None
         return self._enter(forked.launch, forked.stdout, forked.stderr, runner_pid)
+
+    def _rehearse(self, spare: Spare) -> None:
+        """Goes through what the next start does first, while nothing is to be done."""
+        message = decode(encode(_REHEARSAL))
+        assert isinstance(message, Run)
+        launch = self._launch_of(message)
+        self._why_not_warm(launch, {})
+        spare.rehearse(launch)
 
     def _why_not_warm(self, launch: Launch, user_env: dict[str, str]) -> str | None:
         """The user's HOME is no reason: root must not load what that user keeps there."""
