@@ -64,7 +64,7 @@ from supervisor.systemd import notify
 
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 0.1
-"""At most so often the keeper hears what happened; at least once a tick."""
+"""So long news wait for the keeper to hear them together: telling it takes it 1 ms, just when a job starts."""
 SWEEP_SECONDS = 0.01
 PRELOAD_SECONDS = 600.0
 """How long the warm interpreter may take to import what it is to preload."""
@@ -153,7 +153,7 @@ class Supervisor:
         self._held: dict[str, Held] = {}
         self._lost_workers: list[WorkerLost] = []
         self._news = News()
-        self._beat_at = 0.0
+        self._beat_due = float("inf")
         self._tick_at = 0.0
         self._sweep_at = 0.0
         self._interrupts = 0
@@ -199,10 +199,7 @@ class Supervisor:
     def _timeout(self) -> float:
         if self._sweep_at:
             return SWEEP_SECONDS
-        due = self._tick_at + TICK_SECONDS
-        if self._news:
-            due = min(due, self._beat_at + BEAT_SECONDS)
-        return max(0.0, due - clock())
+        return max(0.0, min(self._beat_due, self._tick_at + TICK_SECONDS) - clock())
 
     def _dispatch(self, key: selectors.SelectorKey) -> None:
         if self._selector.get_map().get(key.fd) is not key:
@@ -475,10 +472,12 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = clock()
-        since, is_tick = now - self._beat_at, now - self._tick_at >= TICK_SECONDS
-        if not is_tick and (since < BEAT_SECONDS or not self._news):
+        is_tick = now - self._tick_at >= TICK_SECONDS
+        if self._news and self._beat_due == float("inf"):
+            self._beat_due = now + BEAT_SECONDS
+        if not is_tick and now < self._beat_due:
             return
-        self._beat_at = now
+        self._beat_due = float("inf")
         beat = self._beat()
         if self._keeper is not None and self._keeper.offer(beat):
             self._news = News()
