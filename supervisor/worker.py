@@ -342,14 +342,14 @@ class Worker:
         valid = [attempt for attempt in attempts if self._examine(attempt)]
         waits = sum(attempt.spec.required_memory for attempt in valid if attempt.spec) > claim.sure_mb
         self._open[claim.grant] = len(valid)
+        if valid and not waits:
+            self._admit(valid)  # first: what the supervisor hears of it can wait
         jobs = [attempt.claimed() for attempt in attempts]
         self._supervisor.send(Claimed(claim.grant, jobs, waits, self._take_operations()))
         if not valid:
             self._supervisor.send(Released(claim.grant))
         elif waits:
             self._waiting[claim.grant] = valid
-        else:
-            self._admit(valid)
 
     def _examine(self, attempt: Attempt) -> bool:
         """Whether the job can be run; if not, it has failed."""
