@@ -21,7 +21,9 @@ import sysconfig
 import time
 from _signal import SIG_SETMASK, SIGKILL, getsignal, pthread_sigmask, set_wakeup_fd, signal
 from dataclasses import dataclass, field, replace
-from os import closerange, dup2, getpid, getsid, setsid  # by these names a new process finds them without writing to a page
+
+# By these names a new process finds them without writing to a page.
+from os import closerange, dup2, getpid, getsid, setsid
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
