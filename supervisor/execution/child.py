@@ -226,13 +226,18 @@ def before_fork(launch: Launch) -> Launch:
     """
     if launch.start_method != "warm" or _warm.title is None:
         return launch
-    if launch.run_as is None and os.path.isabs(launch.path):
-        launch.code = script.compiled(launch.path, launch.directory)
+    keep_compiled(launch)
     _warm.title.set([launch.python, launch.path, *launch.args], launch.env, adds=launch.adds)
     launch.titled = True
     if launch.adds:
         _add_to_environment(launch.env)
     return launch
+
+
+def keep_compiled(launch: Launch) -> None:
+    """Compiles the script, if it is one that runs again and again, for all jobs that are forked from now on."""
+    if launch.start_method == "warm" and launch.run_as is None and os.path.isabs(launch.path):
+        launch.code = script.compiled(launch.path, launch.directory)
 
 
 def after_fork(launch: Launch) -> None:

@@ -149,6 +149,8 @@ class Runner:
         self._interpreter = interpreter
         self._attempt: Attempt | None = None
         self._spare: Spare | None = None
+        self._handed_over: Launch | None = None
+        """What the last spare became."""
         self._isolation = Isolation() if interpreter.isolated else None
         groups = interpreter.memory_groups
         self._group = SlotGroup(f"{groups}-{slot}") if groups is not None else None
@@ -307,6 +309,7 @@ class Runner:
         if spare is None:
             return 0
         if spare.start(launch, stdout, stderr):
+            self._handed_over = launch
             return spare.pid
         kill_descendants(os.getpid())
         return 0
@@ -314,6 +317,9 @@ class Runner:
     def _fork_spare(self) -> Launch | None:
         """While nothing is to be done, the next job's process is forked."""
         runner_pid = os.getpid()
+        if self._handed_over is not None:
+            child.keep_compiled(self._handed_over)
+            self._handed_over = None
         try:
             forked = fork_spare()
         except OSError:  # no process is left: there may be one when the next job comes
@@ -322,7 +328,8 @@ class Runner:
             self._spare = forked
             self._rehearse(forked)
             return None
-        return self._enter(forked.launch, forked.stdout, forked.stderr, runner_pid)
+        stdout, stderr = forked.descriptors
+        return self._enter(forked.launch, stdout, stderr, runner_pid)
 
     def _rehearse(self, spare: Spare) -> None:
         """Goes through what the next start does first, while nothing is to be done."""

@@ -29,7 +29,7 @@ if isinstance(forked, Spare):
     print(json.dumps({"started": started, "said": said, "status": status, "leads": said == f"job {forked.pid}"}))
 else:
     assert forked.launch.args == launch("").args
-    os.write(forked.stdout, f"{forked.launch.path} {os.getsid(0)}".encode())
+    os.write(forked.descriptors[0], f"{forked.launch.path} {os.getsid(0)}".encode())
     os._exit(0)
 """
 
