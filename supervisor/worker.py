@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import selectors
+import select
 import time
 from collections import deque
 from collections.abc import Callable
@@ -85,9 +85,9 @@ class Timers:
     """Write the outcomes that wait for company."""
     flushing: bool = False
 
-    def next_in(self) -> float | None:
+    def next_in_ms(self) -> float | None:
         first = min(self.flush, self.patience, self.results)
-        return None if first == NEVER else max(0.0, first - clock())
+        return None if first == NEVER else max(0.0, (first - clock()) * 1000)
 
 
 @dataclass(slots=True)
@@ -181,7 +181,7 @@ class Worker:
         self._store = open_store(lambda *operation: self._operations.append(operation))
         self._outputs = OutputStore(self._store)
         self._thread = StoreThread()
-        self._selector = selectors.DefaultSelector()
+        self._poll = select.poll()  # streams come and go with every job: `selectors` would take ten times as long
         self._streams: dict[int, str] = {}
         self._current: Attempt | None = None
         self._ahead: deque[Attempt] = deque()
@@ -203,7 +203,7 @@ class Worker:
     def run(self) -> int:
         """Works until it is retired or one of its neighbours is gone; returns the exit code."""
         for descriptor in (self._supervisor.fileno(), self._runner.fileno(), self._thread.wakeup):
-            self._selector.register(descriptor, selectors.EVENT_READ)
+            self._poll.register(descriptor, select.POLLIN)
         self._supervisor.send(WorkerReady(self._owner.worker))
         try:
             while not (self._retiring and self._is_idle()):
@@ -221,8 +221,7 @@ class Worker:
         return not (self._current or self._ahead or self._waiting or self._claiming or self._results or self._writing)
 
     def _turn(self) -> None:
-        for key, _ in self._selector.select(self._timers.next_in()):
-            descriptor = key.fd
+        for descriptor, _ in self._poll.poll(self._timers.next_in_ms()):
             if descriptor in self._streams:
                 self._read(descriptor)
             elif descriptor == self._thread.wakeup:
@@ -479,7 +478,7 @@ class Worker:
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read_end, False)
         self._streams[read_end] = stream
-        self._selector.register(read_end, selectors.EVENT_READ)
+        self._poll.register(read_end, select.POLLIN)
         return write_end
 
     def _read(self, descriptor: int) -> bool:
@@ -499,7 +498,7 @@ class Worker:
 
     def _close_stream(self, descriptor: int) -> None:
         del self._streams[descriptor]
-        self._selector.unregister(descriptor)
+        self._poll.unregister(descriptor)
         os.close(descriptor)
 
     def _flush(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 _PR_SET_MM = 35
 _PR_SET_MM_MAP = 14
+_AREA_BYTES = 4096
 
 
 class _MemoryMap(ctypes.Structure):
@@ -78,7 +79,8 @@ class ProcessTitle:
         title = _block(arguments)
         block = title + (self._environment if adds else b"") + _environment_block(environment)
         memory = self._memory
-        self._area = ctypes.create_string_buffer(block, len(block))  # lives as long as the process
+        # It lives as long as the process. ctypes makes a type for each size, on ten pages: there are to be few.
+        self._area = ctypes.create_string_buffer(block, -(-len(block) // _AREA_BYTES) * _AREA_BYTES)
         address = ctypes.addressof(self._area)
         memory.brk = self._sbrk(0)
         memory.arg_start = address

@@ -265,9 +265,11 @@ class JobStore:
             return [self.apply(moves[0], operation)]
         # Statements about many are not recorded for a retry by the driver, which costs as much as half of a write; and
         # a move that was made already does not match again, so they are repeated here.
-        plain = [UpdateMany(move.filter, move.plain or move.update) for move in moves]
+        completions = [move for move in moves if move.completion is not None]
+        others = [move for move in moves if move.completion is None]
+        merged = [transitions.together(completions), *others] if completions else others
         try:
-            matched = self._write_all(plain, operation)
+            matched = self._write_all([UpdateMany(move.filter, move.update) for move in merged], operation)
         except StoreUnavailable:
             matched = self._write_all([UpdateOne(move.filter, move.update) for move in moves], operation)
         if matched == len(moves):

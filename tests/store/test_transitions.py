@@ -229,7 +229,7 @@ def test_outcomes_that_are_written_together_say_the_same_as_each_alone(manager: 
         manager.jobs.collection.update_one({"_id": job.id}, {"$set": {"started_at": past}})
     assert alone.make(completed(alone))
     assert manager.jobs.apply_all([completed(job) for job in together], "finish") == [True, True]
-    assert all(completed(job).plain for job in together)
+    assert all(completed(job).completion for job in together)
     for job in together:
         same = told(job.get())
         expected = told(alone.get())
