@@ -5,7 +5,7 @@ so nothing that a job starts can escape by daemonizing, and `waitpid` saying ECH
 left. If the subreaper itself dies, its children die by `die_with_parent` and the orphans fall to the next
 subreaper above. A bare process id is never trusted: before a signal is sent, the process is pinned by a pidfd
 and its line of parents is followed up to the root. Outside Linux there is no subreaper; what is possible is
-done through psutil.
+done through psutil, which is imported only there: every job would inherit it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import math
 import os
+import resource  # noqa: F401 - os.wait4() imports it at its first call, in a runner: each job would see a new library
 import signal
 import sys
 import time
@@ -21,8 +22,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import getppid  # by this name a new process finds it without writing to a page
 from pathlib import Path
-
-import psutil
 
 _LINUX = sys.platform == "linux"
 _PR_SET_PDEATHSIG = 1
@@ -44,6 +43,8 @@ def boot_id() -> str:
     """An identifier that changes with every boot of the host: process start times compare only within one."""
     if _LINUX:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    import psutil
+
     return f"boot-{int(psutil.boot_time())}"
 
 
@@ -88,6 +89,8 @@ def _stat_from_proc(pid: int) -> ProcessStat | None:
 
 
 def _stat_from_psutil(pid: int) -> ProcessStat | None:
+    import psutil
+
     try:
         process = psutil.Process(pid)
         with process.oneshot():
@@ -211,6 +214,8 @@ _HAS_CHILDREN_FILES = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
 def _children_from_psutil(pid: int) -> list[int]:
+    import psutil
+
     try:
         return [child.pid for child in psutil.Process(pid).children()]
     except psutil.Error:
@@ -415,17 +420,52 @@ def _nothing_left(root: int, skip: Collection[int]) -> bool:
 
 
 def _parents() -> Iterator[tuple[int, int]]:
-    for pid in psutil.pids():
+    for pid in _pids():
         found = process_stat(pid)
         if found is not None:
             yield pid, found.parent
+
+
+def _pids() -> list[int]:
+    if _LINUX:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    import psutil
+
+    return psutil.pids()
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory that a process has in RAM, shared or not; 0 when it is gone."""
+    if _LINUX:
+        content = _read(f"/proc/{pid}/statm")
+        return int(content.split()[1]) * os.sysconf("SC_PAGE_SIZE") if content else 0
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def command_line(pid: int) -> str:
+    """The command line of a process, its name where it has none; empty when it is gone."""
+    if _LINUX:
+        content = _read(f"/proc/{pid}/cmdline") or _read(f"/proc/{pid}/comm") or b""
+        return os.fsdecode(content.rstrip(b"\0\n").replace(b"\0", b" "))
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        return ""
 
 
 def processes_with_environment(name: str, value: str) -> list[ProcessRef]:
     """The living processes that were started with this variable, if this user may see their environment."""
     marker = os.fsencode(f"{name}={value}")
     found = []
-    for pid in psutil.pids():
+    for pid in _pids():
         process = process_stat(pid)
         if process is not None and not process.ended and marker in _environment(pid):
             found.append(ProcessRef(pid, process.started))
@@ -435,6 +475,8 @@ def processes_with_environment(name: str, value: str) -> list[ProcessRef]:
 def _environment(pid: int) -> list[bytes]:
     if _LINUX:
         return (_read(f"/proc/{pid}/environ") or b"").split(b"\0")
+    import psutil
+
     try:
         return [os.fsencode(f"{name}={value}") for name, value in psutil.Process(pid).environ().items()]
     except (psutil.Error, OSError):

@@ -22,8 +22,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
-import psutil
-
 from supervisor.execution import child
 from supervisor.execution.child import Launch
 from supervisor.execution.isolation import INIT_PID, Isolation, main_process, signal_main_process
@@ -54,6 +52,7 @@ from supervisor.processes import (
     has_pending_signal,
     kill_descendants,
     process_stat,
+    resident_bytes,
     run_before_others,
     set_oom_score_adj,
     signal_descendants,
@@ -156,7 +155,7 @@ class Runner:
         self._group = SlotGroup(f"{groups}-{slot}") if groups is not None else None
         self._relief = Relief(interpreter.lookout) if interpreter.lookout is not None else None
         child.keep(self)
-        self._own_rss: int = psutil.Process().memory_info().rss
+        self._own_rss = resident_bytes(os.getpid())
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._errors, self._errors_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll = select.poll()

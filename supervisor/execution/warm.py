@@ -27,6 +27,10 @@ if __name__ == "__main__":
 
     fork_hooks.hold_back()
 
+# For the scripts: many import them, and in each job that would take some milliseconds.
+import datetime  # noqa: F401
+import subprocess  # noqa: F401
+
 from supervisor.execution import child, fork_hooks
 from supervisor.execution.child import Launch
 from supervisor.execution.runner import Interpreter, Runner

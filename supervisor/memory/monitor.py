@@ -21,14 +21,13 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-import psutil
-
 from supervisor.memory.rest import FASTEST_GROWTH, Rest
 from supervisor.memory.usage import CheapReading, ProcessUsage, tree_usage
 from supervisor.processes import (
     ProcessStat,
     await_stopped,
     children,
+    command_line,
     descendants,
     process_stat,
     signal_descendants,
@@ -444,8 +443,4 @@ class _History:
 
 def _command(pid: int) -> str:
     """The command line of a process, shortened; empty when it is gone."""
-    try:
-        process = psutil.Process(pid)
-        return (" ".join(process.cmdline()) or process.name())[:_MAX_COMMAND]
-    except psutil.Error:
-        return ""
+    return command_line(pid)[:_MAX_COMMAND]

@@ -19,9 +19,7 @@ import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-import psutil
-
-from supervisor.processes import ProcessStat, children, descendants, process_stat
+from supervisor.processes import ProcessStat, children, descendants, process_stat, resident_bytes
 
 _LINUX = sys.platform == "linux"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -95,7 +93,7 @@ class _Inherited:
 
 def _usage_of(process: ProcessStat, inherited: _Inherited) -> ProcessUsage | None:
     if not _LINUX:
-        return ProcessUsage(process.pid, _resident_by_psutil(process.pid), 0)
+        return ProcessUsage(process.pid, resident_bytes(process.pid), 0)
     if _borrows_memory(process):
         return None
     rollup = _kilobyte_fields(_read(f"/proc/{process.pid}/smaps_rollup"))
@@ -192,7 +190,7 @@ class CheapReading:
     def refresh(self, now: float, max_age: float) -> bool:
         """Look again; False when the process is gone. Swap may be `max_age` seconds old."""
         if not _LINUX:
-            self.anonymous = _resident_by_psutil(self.pid)
+            self.anonymous = resident_bytes(self.pid)
             return self.anonymous > 0
         statm = self._read_statm()
         if statm is None:
@@ -250,13 +248,6 @@ class _ProcFiles:
         except OSError:
             return []
         return None if len(content) > _CHILDREN_BYTES // 2 else [int(pid) for pid in content.split()]
-
-
-def _resident_by_psutil(pid: int) -> int:
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0
 
 
 def _kilobyte_fields(content: bytes | None) -> dict[str, int]:
