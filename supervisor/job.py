@@ -253,7 +253,6 @@ def outcome_of(
     ending: Ending, exit_code: int | None, *, error: str | None, peak_memory_mb: int | None, last_words: str
 ) -> Outcome:
     """The outcome of an attempt from its runner's report. `last_words` is the last line on standard error."""
-    from signal import Signals
 
     def outcome(reason: Reason | None, sentence: str | None) -> Outcome:
         return Outcome(reason=reason, error=sentence, exit_code=exit_code, peak_memory_mb=peak_memory_mb)
@@ -276,6 +275,8 @@ def outcome_of(
     if exit_code is None:
         return outcome(Reason.LOST, "the end of its process was not seen")
     if exit_code < 0:
+        from signal import Signals  # only here: it is an import for the end of every job
+
         try:
             name = Signals(-exit_code).name
         except ValueError:

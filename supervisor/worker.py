@@ -63,7 +63,7 @@ from supervisor.store.output import OutputStore
 from supervisor.store.transitions import Demand, Move, Owner
 
 FLUSH_SECONDS = 1.0
-LOW_WATER = 4
+LOW_WATER = 8
 """With so few jobs left that were claimed ahead, more are asked for."""
 RESULTS_TOGETHER = 32
 RESULTS_WAIT_SECONDS = 0.05
@@ -181,8 +181,9 @@ class Worker:
         self._store = open_store(lambda *operation: self._operations.append(operation))
         self._outputs = OutputStore(self._store)
         self._thread = StoreThread()
-        self._poll = select.poll()  # streams come and go with every job: `selectors` would take ten times as long
-        self._streams: dict[int, str] = {}
+        self._poll = select.poll()  # with `selectors`, a tenth of the work was to register each job's streams
+        self._streams: dict[int, tuple[Attempt, str]] = {}
+        """Whose output it is, and which, by what it is read from."""
         self._current: Attempt | None = None
         self._ahead: deque[Attempt] = deque()
         self._waiting: dict[int, list[Attempt]] = {}
@@ -440,7 +441,7 @@ class Worker:
         attempt.output = OutputCapture(round(settings.log_limit * MB))
         self._current = attempt
         self._timers.patience = self._pace.started()
-        write_ends = [self._open_stream("stdout"), self._open_stream("stderr")]
+        write_ends = [self._open_stream(attempt, "stdout"), self._open_stream(attempt, "stderr")]
         environment = {
             **spec.env,
             "JOB_ID": attempt.job_id,
@@ -474,10 +475,10 @@ class Worker:
             for descriptor in write_ends:
                 os.close(descriptor)
 
-    def _open_stream(self, stream: str) -> int:
+    def _open_stream(self, attempt: Attempt, stream: str) -> int:
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read_end, False)
-        self._streams[read_end] = stream
+        self._streams[read_end] = attempt, stream
         self._poll.register(read_end, select.POLLIN)
         return write_end
 
@@ -490,9 +491,10 @@ class Worker:
         if not data:
             self._close_stream(descriptor)
             return False
-        if self._current is not None and self._current.output is not None:
-            self._current.output.feed(self._streams[descriptor], data)
-            if self._timers.flush == NEVER and not self._timers.flushing:
+        attempt, stream = self._streams[descriptor]
+        if attempt.output is not None:
+            attempt.output.feed(stream, data)
+            if attempt is self._current and self._timers.flush == NEVER and not self._timers.flushing:
                 self._timers.flush = clock() + FLUSH_SECONDS
         return True
 
@@ -532,16 +534,23 @@ class Worker:
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def _end(self, attempt: Attempt, ended: Ended) -> None:
-        # No process of the job is left, so what the pipes hold is all; their end is not waited for.
-        for descriptor in list(self._streams):
-            while self._read(descriptor):
-                pass
-            if descriptor in self._streams:
-                self._close_stream(descriptor)
         self._current = None
         self._timers.flush = self._timers.patience = NEVER
         self._pace.ended()
         attempt.ended = ended
+        streams = list(self._streams)
+        try:
+            self._start_next()  # before anything is read or written: that goes on beside the next job
+        finally:
+            self._conclude(attempt, ended, streams)
+
+    def _conclude(self, attempt: Attempt, ended: Ended, streams: list[int]) -> None:
+        # No process of the job is left, so what the pipes hold is all; their end is not waited for.
+        for descriptor in streams:
+            while self._read(descriptor):
+                pass
+            if descriptor in self._streams:
+                self._close_stream(descriptor)
         assert attempt.output is not None
         outcome = outcome_of(
             Ending(ended.ending),
@@ -550,7 +559,6 @@ class Worker:
             peak_memory_mb=ended.peak_memory_mb,
             last_words=attempt.output.last_line("stderr") if ended.exit_code else "",
         )
-        self._start_next()  # before anything is written: the outcome's round trip overlaps with the next job
         chunks, removed = attempt.output.take(final=True)
         self._record(attempt, outcome, chunks, removed)
         self._close_grant(attempt.grant)

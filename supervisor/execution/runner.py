@@ -150,6 +150,8 @@ class Runner:
         self._spare: Spare | None = None
         self._handed_over: Launch | None = None
         """What the last spare became."""
+        self._shown: Launch | None = None
+        """Whose command line this process shows: among short jobs it is not worth while to take it back."""
         self._isolation = Isolation() if interpreter.isolated else None
         groups = interpreter.memory_groups
         self._group = SlotGroup(f"{groups}-{slot}") if groups is not None else None
@@ -261,8 +263,10 @@ class Runner:
             if pid == 0:
                 return self._enter(prepared, stdout, stderr, runner_pid)
             # What is written from here on must be copied as long as the job has the same pages: many jobs end first.
-            self._poll.poll(HEAD_START_MS)
-            child.after_fork(prepared)
+            if self._poll.poll(HEAD_START_MS) and self._isolation is None:
+                self._shown = prepared
+            else:
+                child.after_fork(prepared)
         os.close(stdout)
         os.close(stderr)
         first_look = started + min(FIRST_LOOK_SECONDS, run.check_interval_seconds)
@@ -315,6 +319,7 @@ class Runner:
 
     def _fork_spare(self) -> Launch | None:
         """While nothing is to be done, the next job's process is forked."""
+        self._take_title_back()
         runner_pid = os.getpid()
         if self._handed_over is not None:
             child.keep_compiled(self._handed_over)
@@ -329,6 +334,11 @@ class Runner:
             return None
         stdout, stderr = forked.descriptors
         return self._enter(forked.launch, stdout, stderr, runner_pid)
+
+    def _take_title_back(self) -> None:
+        if self._shown is not None:
+            child.after_fork(self._shown)
+            self._shown = None
 
     def _rehearse(self, spare: Spare) -> None:
         """Goes through what the next start does first, while nothing is to be done."""
@@ -399,6 +409,7 @@ class Runner:
         if now < attempt.first_look:
             return False
         run = attempt.run
+        self._take_title_back()
         # A job's `init` is a fork of the runner and shares with the job what the runner does.
         root = os.getpid() if self._isolation is None else attempt.pid
         attempt.monitor = MemoryMonitor(root, run.limit_mb * MB, interval=run.check_interval_seconds, clock=clock)
