@@ -15,8 +15,9 @@ import select
 import socket
 from array import array
 from dataclasses import dataclass, field
+from os import pread
 
-from supervisor.memory.rest import MAX_DESCRIPTORS, WatchedRest
+from supervisor.memory.rest import MAX_DESCRIPTORS, SCHEDSTAT_BYTES, WatchedRest
 from supervisor.messages import Channel, ChannelClosed, Ping, Pong
 from supervisor.processes import clock, run_before_others
 
@@ -30,6 +31,33 @@ class Group:
     step: float
     next_look: float
     rests: dict[int, WatchedRest] = field(default_factory=dict)
+    threads: dict[int, bytes] = field(default_factory=dict)
+    """What is read again and again, and what it said."""
+    pipes: dict[int, int] = field(default_factory=dict)
+    """Whose thread that is."""
+
+    def add(self, pipe: int, rest: WatchedRest) -> None:
+        self.rests[pipe] = rest
+        self.threads |= rest.ran
+        self.pipes |= dict.fromkeys(rest.ran, pipe)
+
+    def remove(self, pipe: int) -> WatchedRest:
+        rest = self.rests.pop(pipe)
+        for thread in rest.ran:
+            del self.threads[thread], self.pipes[thread]
+        return rest
+
+    def that_ran(self) -> set[int]:
+        """The jobs of which a thread has run since, or has ended."""
+        ran = set()
+        for thread, before in self.threads.items():
+            try:
+                if pread(thread, SCHEDSTAT_BYTES, 0) == before:
+                    continue
+            except OSError:
+                pass
+            ran.add(self.pipes[thread])
+        return ran
 
 
 class Lookout:
@@ -61,8 +89,9 @@ class Lookout:
             elif isinstance(self._supervisor.receive()[0], Ping):
                 self._supervisor.send(Pong())
         now = clock()
-        for group in [group for group in self._groups.values() if group.next_look <= now]:
-            self._look_at(group, now)
+        for group in list(self._groups.values()):
+            if group.next_look <= now:
+                self._look_at(group, now)
 
     def _timeout_ms(self) -> float | None:
         if not self._groups:
@@ -71,19 +100,17 @@ class Lookout:
 
     def _look_at(self, group: Group, now: float) -> None:
         group.next_look = now + group.step
-        for pipe, rest in list(group.rests.items()):
+        for pipe in group.that_ran():
+            rest = group.remove(pipe)
             if rest.has_moved():
-                del group.rests[pipe]
                 _let_go(pipe, rest)
-            elif rest.step != group.step:
-                del group.rests[pipe]
+            else:
                 self._watch(pipe, rest, now)
         if not group.rests:
             del self._groups[group.step]
 
     def _watch(self, pipe: int, rest: WatchedRest, now: float) -> None:
-        group = self._groups.setdefault(rest.step, Group(rest.step, now + rest.step))
-        group.rests[pipe] = rest
+        self._groups.setdefault(rest.step, Group(rest.step, now + rest.step)).add(pipe, rest)
 
     def _take_over(self) -> None:
         space = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array("i").itemsize)

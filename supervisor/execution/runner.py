@@ -62,7 +62,7 @@ from supervisor.states import Ending
 MB = 1_048_576
 USAGE_INTERVAL_SECONDS = 1.0
 FIRST_LOOK_SECONDS = 0.01
-REST_SECONDS = 3.0
+REST_SECONDS = 5.0
 """How often a job is looked at that somebody else watches."""
 SPARE_AFTER_SECONDS = 0.02
 """A runner that was idle for this long forks ahead; with a backlog, forking ahead wins nothing."""

@@ -19,8 +19,8 @@ MAX_DESCRIPTORS = 64
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 FASTEST_GROWTH = 4 << 30
 """Bytes per second that a job can allocate at most, by our reckoning."""
-_SHORTEST_STEP = 0.006
-_SCHEDSTAT_BYTES = 64
+_SHORTEST_STEP = 0.008
+SCHEDSTAT_BYTES = 64
 
 
 class Rest:
@@ -107,21 +107,21 @@ class WatchedRest:
         files = iter(descriptors)
         contents = iter(children_of)
         self._children = [(next(files), next(contents))]
-        self._ran: dict[int, bytes] = {}
-        """What the scheduler said of each thread."""
+        self.ran: dict[int, bytes] = {}
+        """What the scheduler said of each thread, by the descriptor to read it from."""
         self._processes: list[_Process] = []
         for pages, threads in processes:
             self._processes.append(_Process(next(files), next(files), threads, pages))
             for _ in range(threads):
-                self._ran[next(files)] = b""
+                self.ran[next(files)] = b""
                 self._children.append((next(files), next(contents)))
         self._judged = False
 
     def has_moved(self) -> bool:
         """Whether the job's own runner has to look at it now."""
         try:
-            for file, before in self._ran.items():
-                if os.pread(file, _SCHEDSTAT_BYTES, 0) != before:
+            for file, before in self.ran.items():
+                if os.pread(file, SCHEDSTAT_BYTES, 0) != before:
                     return self._moves()
         except OSError:  # it has ended
             return True
@@ -132,7 +132,7 @@ class WatchedRest:
         if self._room <= 0 and self._judged:
             return True
         self._judged = True
-        self._ran = {file: os.pread(file, _SCHEDSTAT_BYTES, 0) for file in self._ran}
+        self.ran = {file: os.pread(file, SCHEDSTAT_BYTES, 0) for file in self.ran}
         grown = self._growth()
         if self._has_started_something() or (self._room > 0 and grown > self._tolerance):
             return True

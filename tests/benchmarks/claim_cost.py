@@ -122,7 +122,8 @@ def _claim(store: JobStore) -> dict[str, Any]:
 
 
 def _claim_ahead(store: JobStore) -> list[dict[str, Any]]:
-    claimed = store.claim_ahead(OWNER, secrets.token_hex(12), Demand(limit_mb=4096), 3600, AHEAD)
+    together_mb = 512 * AHEAD
+    claimed = store.claim_ahead(OWNER, secrets.token_hex(12), Demand(limit_mb=together_mb), 3600, AHEAD)
     if len(claimed) < AHEAD:
         raise RuntimeError("less was claimed than is due")
     return claimed

@@ -126,7 +126,7 @@ def _plot(rates: Rates, path: Path) -> None:
             axis.bar_label(
                 bars, [f"{value:.0f}" if value >= 20 else f"{value:.1f}" for value in values], fontsize=8, padding=2
             )
-            axis.set_title(f"{script}: jobs per second, 2 workers", fontsize=9)
+            axis.set_title(f"{script}: jobs/s, 2 workers (logarithmic)", fontsize=9)
             axis.set_xscale("log")
             axis.set_xticks([], minor=False)
             axis.set_xticks([], minor=True)
