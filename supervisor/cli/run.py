@@ -100,7 +100,7 @@ def check_reachable(uri: str) -> None:
 
     In a process of its own: the driver has threads, and this one is about to fork.
     """
-    connect(uri, app="check").close()
+    connect(uri, app="check", at_once=False).close()
     reader, writer = os.pipe()
     asking = os.getpid()
     pid = fork()

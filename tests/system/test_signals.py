@@ -339,6 +339,7 @@ from supervisor.cli import run
 
 fork = os.fork
 def fork_and_be_told_to_end():
+    assert len(os.listdir("/proc/self/task")) == 1, "another thread would take the signal, and hold locks"
     pid = fork()
     if pid:
         print(pid, flush=True)
