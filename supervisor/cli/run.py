@@ -110,7 +110,8 @@ def check_reachable(uri: str) -> None:
             with reaching(uri):
                 connect(uri, app="check", selection_timeout_seconds=START_SECONDS).admin.command("ping")
         except SupervisorError as error:
-            os.write(writer, str(error).encode())
+            kind = b"C" if isinstance(error, ConfigurationError) else b"S"
+            os.write(writer, kind + str(error).encode())
         finally:
             os._exit(0)
     os.close(writer)
@@ -121,7 +122,7 @@ def check_reachable(uri: str) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     if problem:
-        raise StoreUnavailable(problem)
+        raise (UsageError if problem[0] == "C" else StoreUnavailable)(problem[1:])
 
 
 def check_data_dir(settings: Settings) -> None:

@@ -63,29 +63,6 @@ def test_a_hog_is_killed_with_all_that_it_started(supervisor: RunningSupervisor,
     assert supervisor.metric("memory_reserved_bytes") == 0
 
 
-FORK_BOMB = """
-import os, resource
-if os.geteuid() == 0:
-    resource.setrlimit(resource.RLIMIT_NPROC, (700, 700))
-    os.setgid(65534)
-    os.setuid(65534)
-else:
-    resource.setrlimit(resource.RLIMIT_NPROC, (1000, 1000))
-while True:
-    try:
-        os.fork()
-    except OSError:
-        pass
-"""
-
-
-def test_a_fork_bomb_is_killed_for_its_memory(supervisor: RunningSupervisor, jobs: Jobs) -> None:
-    """Who reads the memory of a process that is in the middle of a fork waits until that has the processor again."""
-    document = jobs.run(FORK_BOMB, required_memory=64, timeout=45)
-    assert_exceeded(document, 64)
-    supervisor.wait_idle(2)
-
-
 def test_memory_of_all_processes_counts_together(shared: Shared) -> None:
     document = shared.jobs.run(
         """
