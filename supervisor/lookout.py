@@ -12,16 +12,12 @@ import contextlib
 import os
 import resource
 import select
-import socket
-from array import array
 from dataclasses import dataclass, field
 from os import pread
 
-from supervisor.memory.rest import MAX_DESCRIPTORS, SCHEDSTAT_BYTES, WatchedRest
-from supervisor.messages import Channel, ChannelClosed, Ping, Pong
+from supervisor.memory.rest import SCHEDSTAT_BYTES, WatchedRest
+from supervisor.messages import AtRest, Channel, ChannelClosed, Ping, Pong
 from supervisor.processes import clock, run_before_others
-
-MAX_REST_BYTES = 60_000
 
 
 @dataclass(slots=True)
@@ -63,7 +59,7 @@ class Group:
 class Lookout:
     """The main loop. `requests` is where all runners send what they hand over."""
 
-    def __init__(self, supervisor: Channel, requests: socket.socket) -> None:
+    def __init__(self, supervisor: Channel, requests: Channel) -> None:
         self._supervisor = supervisor
         self._requests = requests
         self._groups: dict[float, Group] = {}
@@ -113,15 +109,14 @@ class Lookout:
         self._groups.setdefault(rest.step, Group(rest.step, now + rest.step)).add(pipe, rest)
 
     def _take_over(self) -> None:
-        space = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array("i").itemsize)
-        data, ancillary, flags, _ = self._requests.recvmsg(MAX_REST_BYTES, space)
-        descriptors = [number for _, _, sent in ancillary for number in memoryview(sent).cast("i")]
-        if flags & socket.MSG_CTRUNC:  # no descriptor is left here: whoever sent it sees the end of the pipe
+        message, descriptors = self._requests.receive()
+        assert isinstance(message, AtRest)
+        if len(descriptors) < 1 + message.count_files():  # none is left here: who sent it sees the end of the pipe
             for descriptor in descriptors:
                 os.close(descriptor)
             return
         pipe, *files = descriptors
-        rest = WatchedRest(data, files)
+        rest = WatchedRest(message, files)
         try:
             if not rest.has_moved():
                 os.write(pipe, b"\0")

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 MAX_INLINE_BYTES = 60_000
 """Above this a message travels through a file: a socket's buffer holds 200 KB by default, of many messages."""
-MAX_DESCRIPTORS = 4
+MAX_DESCRIPTORS = 65
 _DESCRIPTORS_SPACE = socket.CMSG_SPACE(MAX_DESCRIPTORS * array("i").itemsize)
 AHEAD_SECONDS = 0.1
 """So much work, at most, is claimed for a slot before it starts; it goes back when the job that runs takes longer."""
@@ -236,6 +236,23 @@ class Become:
     launch: list[Any]
 
 
+@dataclass(frozen=True, slots=True)
+class AtRest:
+    """Watch this job; see `memory.rest`. From a runner to the lookout, with a pipe and the files that it names."""
+
+    room: int
+    tolerance: int
+    interval: float
+    children: list[bytes]
+    """What the files of children said: that of the runner, then one for each thread."""
+    processes: list[tuple[int, int]]
+    """How many resident pages and threads each has."""
+
+    def count_files(self) -> int:
+        """Of children, and for each process its memory and its threads, and when each thread ran."""
+        return len(self.children) + sum(2 + threads for _, threads in self.processes)
+
+
 @dataclass(slots=True)
 class Ended:
     """The job is over, and no process of it is left. From the runner to its worker."""
@@ -398,7 +415,7 @@ class QueueHead:
 
 Message = (
     Ping | Pong | Retire | WorkerReady | Claim | Claimed | Admit | Refuse | GiveBack | NothingDue | Released
-    | Hungry | Usage | Finished | Run | Extend | Stop | Become | Ended | WarmReady | ForkRunner | RunnerForked
+    | Hungry | Usage | Finished | Run | Extend | Stop | Become | AtRest | Ended | WarmReady | ForkRunner | RunnerForked
     | Preloading | PreloadChanged | Beat | WorkerLost | KeeperReady | Wake | Renewed | LeasesLost | CancelRequested
     | StoreState | QueueHead
 )  # fmt: skip

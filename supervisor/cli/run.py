@@ -96,11 +96,10 @@ def _run(settings: Settings) -> int:
 
 
 def check_reachable(uri: str) -> None:
-    """Raises `StoreUnavailable` when MongoDB does not answer, and `ConfigurationError` for a wrong connection string.
+    """Raises `StoreUnavailable` when MongoDB does not answer, and `UsageError` for a wrong connection string.
 
     In a process of its own: the driver has threads, and this one is about to fork.
     """
-    connect(uri, app="check", at_once=False).close()
     reader, writer = os.pipe()
     asking = os.getpid()
     pid = fork()
@@ -174,7 +173,7 @@ class Host:
         self._uri = settings.mongo_uri
         self._pid = os.getpid()
         self._totals = Totals()
-        self._at_lookout, self._to_lookout = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._at_lookout, self._to_lookout = Channel.pair()
         self._host = socket.gethostname()
         self._supervisor_id = f"{self._host}-{self._pid}-{secrets.token_hex(4)}"
         self._identity = Identity.of_process(self._supervisor_id, self._host, self._pid)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
-from array import array
 
 from supervisor.memory.rest import Rest
+from supervisor.messages import Channel, ChannelClosed, ChannelFull
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 4.0
 """A job that came back at once is kept for a while, twice as long each time."""
@@ -20,7 +19,7 @@ class Relief:
         """`lookout` is the descriptor of the socket on which it hears all runners."""
         self.watches = False
         """Whether the lookout watches the job now."""
-        self._lookout = socket.socket(fileno=lookout)
+        self._lookout = Channel.from_descriptor(lookout)
         self._pipe = -1
         self._began = 0.0
         self._pause = FIRST_PAUSE_SECONDS
@@ -36,13 +35,15 @@ class Relief:
 
     def hand_over(self, rest: Rest, now: float) -> bool:
         """Whether it was sent. It is not watched before `watches` says so. Closes what was opened for it."""
-        ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        rights = array("i", [theirs, *rest.descriptors])
         try:
-            self._lookout.sendmsg(
-                [rest.encoded()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT
-            )
-        except OSError:  # it is not there, or takes nothing more
+            ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:  # no descriptor is left
+            rest.close()
+            self._not_before = now + self._pause
+            return False
+        try:
+            self._lookout.send(rest.message(), [theirs, *rest.descriptors], wait=False)
+        except (ChannelClosed, ChannelFull, OSError):  # it takes nothing more
             os.close(ours)
             self._not_before = now + self._pause
             return False
@@ -57,14 +58,16 @@ class Relief:
         if os.read(self._pipe, 1):
             self.watches = True
             return
+        self._close()
         brief = now - self._began < BRIEF_SECONDS
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS) if brief else FIRST_PAUSE_SECONDS
-        pause = self._pause
-        self.end()
-        self._pause, self._not_before = pause, now + pause
+        self._not_before = now + self._pause
 
     def end(self) -> None:
         """The job has ended: the next one is another."""
+        self._close()
+        self._pause, self._not_before = FIRST_PAUSE_SECONDS, 0.0
+
+    def _close(self) -> None:
         os.close(self._pipe)
         self._pipe, self.watches = -1, False
-        self._pause, self._not_before = FIRST_PAUSE_SECONDS, 0.0

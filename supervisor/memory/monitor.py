@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from supervisor.memory.rest import FASTEST_GROWTH, Rest
+from supervisor.memory.rest import FASTEST_GROWTH, STILL_INTERVAL, Rest
 from supervisor.memory.usage import CheapReading, ProcessUsage, tree_usage
 from supervisor.processes import (
     ProcessStat,
@@ -37,8 +37,6 @@ from supervisor.processes import (
 MB = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
 _MIN_INTERVAL = 0.002
-_STILL_INTERVAL = 0.008
-"""The shortest for a job that does not grow: many that rest near their limits must not take a whole core."""
 _STILL_LOOKS = 8
 _DISCOVERY_INTERVAL = 0.010
 _SWAP_INTERVAL = 1.0
@@ -256,7 +254,7 @@ class MemoryMonitor:
         until_limit = (self.limit - used) / FASTEST_GROWTH
         self._still = 0 if used > self._looked_used else min(self._still + 1, _STILL_LOOKS)
         self._looked_used = used
-        shortest = min(_MIN_INTERVAL * (1 + self._still // 2), _STILL_INTERVAL)
+        shortest = min(_MIN_INTERVAL * (1 + self._still // 2), STILL_INTERVAL)
         return min(self._interval, max(shortest, until_limit))
 
     # -- who belongs to the job

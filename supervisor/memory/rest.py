@@ -10,16 +10,19 @@ woken for this costs 50 to 200 microseconds of cold caches each time, so it hand
 
 from __future__ import annotations
 
-import marshal
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MAX_DESCRIPTORS = 64
+from supervisor.messages import MAX_DESCRIPTORS, AtRest
+
+MAX_FILES = MAX_DESCRIPTORS - 1
+"""The pipe comes first."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 FASTEST_GROWTH = 4 << 30
 """Bytes per second that a job can allocate at most, by our reckoning."""
-_SHORTEST_STEP = 0.008
+STILL_INTERVAL = 0.008
+"""The shortest for a job that does not grow: many that rest near their limits must not take a whole core."""
 SCHEDSTAT_BYTES = 64
 
 
@@ -57,7 +60,7 @@ class Rest:
         self._children.append(self._read(f"/proc/{runner_pid}/task/{runner_pid}/children"))
         for pid, pages in resident.items():
             threads = os.listdir(f"/proc/{pid}/task")
-            if len(self.descriptors) + 2 + 2 * len(threads) > MAX_DESCRIPTORS:
+            if len(self.descriptors) + 2 + 2 * len(threads) > MAX_FILES:
                 return False
             self._keep_open(f"/proc/{pid}/statm")
             self._keep_open(f"/proc/{pid}/task")
@@ -76,9 +79,9 @@ class Rest:
         self.descriptors.append(descriptor)
         return descriptor
 
-    def encoded(self) -> bytes:
+    def message(self) -> AtRest:
         """What goes with the descriptors."""
-        return marshal.dumps((self._room, self._tolerance, self._interval, self._children, self._processes))
+        return AtRest(self._room, self._tolerance, self._interval, self._children, self._processes)
 
     def close(self) -> None:
         for descriptor in self.descriptors:
@@ -98,19 +101,19 @@ class _Process:
 class WatchedRest:
     """The same, where it is watched."""
 
-    def __init__(self, data: bytes, descriptors: list[int]) -> None:
+    def __init__(self, at_rest: AtRest, descriptors: list[int]) -> None:
         self.step = 0.0
         """Seconds until the next look."""
         self._descriptors = list(descriptors)
-        self._room, self._tolerance, self._interval, children_of, processes = marshal.loads(data)
-        self._tolerance = min(self._tolerance, self._room // 2)
+        self._room, self._interval = at_rest.room, at_rest.interval
+        self._tolerance = min(at_rest.tolerance, at_rest.room // 2)
         files = iter(descriptors)
-        contents = iter(children_of)
+        contents = iter(at_rest.children)
         self._children = [(next(files), next(contents))]
         self.ran: dict[int, bytes] = {}
         """What the scheduler said of each thread, by the descriptor to read it from."""
         self._processes: list[_Process] = []
-        for pages, threads in processes:
+        for pages, threads in at_rest.processes:
             self._processes.append(_Process(next(files), next(files), threads, pages))
             for _ in range(threads):
                 self.ran[next(files)] = b""
@@ -136,7 +139,7 @@ class WatchedRest:
         grown = self._growth()
         if self._has_started_something() or (self._room > 0 and grown > self._tolerance):
             return True
-        self.step = _step_below(min(self._interval, max(_SHORTEST_STEP, (self._room - grown) / FASTEST_GROWTH)))
+        self.step = _step_below(min(self._interval, max(STILL_INTERVAL, (self._room - grown) / FASTEST_GROWTH)))
         return False
 
     def _has_started_something(self) -> bool:
@@ -161,7 +164,7 @@ class WatchedRest:
 
 def _step_below(seconds: float) -> float:
     """The shortest step, doubled as often as it fits: of few sizes, so that many jobs are due together."""
-    step = min(_SHORTEST_STEP, seconds)
+    step = min(STILL_INTERVAL, seconds)
     while 2 * step <= seconds:
         step *= 2
     return step

@@ -33,11 +33,9 @@ _FIRST_ASSERTION_CODE = 14_000
 """From here on codes are those of assertions: an expression of ours could not be evaluated."""
 
 
-def connect(
-    uri: str, *, app: str, selection_timeout_seconds: float = 30.0, at_once: bool = True
-) -> MongoClient[Document]:
-    """A client whose writes are acknowledged by a majority, and whose dates are aware of UTC. Nobody waits for the
-    connection; without `at_once` it is not begun before the first operation, and no thread either.
+def connect(uri: str, *, app: str, selection_timeout_seconds: float = 30.0) -> MongoClient[Document]:
+    """A client whose writes are acknowledged by a majority, and whose dates are aware of UTC. It has threads at once;
+    nobody waits for the connection.
 
     Raises `ConfigurationError` for a connection string that cannot be read, and `StoreUnavailable` where the name of
     a `mongodb+srv://` one cannot be resolved.
@@ -47,19 +45,18 @@ def connect(
         raise ConfigurationError(_MUST_BE_ENCODED, setting="MONGO_URI")
     try:
         _check_options(uri)
-        return _client(uri, app, selection_timeout_seconds, at_once)
+        return _client(uri, app, selection_timeout_seconds)
     except (InvalidURI, DriverConfigurationError, ValueError, TypeError, OSError) as error:  # OSError: a file of TLS
         if _is_about_names(error):
             raise StoreUnavailable(f"MongoDB at {masked(uri)} cannot be reached: {masked(str(error))}") from error
         raise ConfigurationError(masked(str(error)), setting="MONGO_URI") from None
 
 
-def _client(uri: str, app: str, selection_timeout_seconds: float, at_once: bool) -> MongoClient[Document]:
+def _client(uri: str, app: str, selection_timeout_seconds: float) -> MongoClient[Document]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about options: `_check_options` has raised what matters
         return MongoClient(
             uri,
-            connect=at_once,
             appname=f"mongo-job-supervisor {app}",
             tz_aware=True,
             datetime_conversion="DATETIME_AUTO",  # other programs' dates may be none that Python knows,

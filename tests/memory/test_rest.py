@@ -71,7 +71,7 @@ class Job:
     def watched(self, room: int = 100 * MB, interval: float = 0.1) -> WatchedRest:
         rest = self.rest(room, interval)
         assert rest is not None
-        watched = WatchedRest(rest.encoded(), rest.descriptors)
+        watched = WatchedRest(rest.message(), rest.descriptors)
         assert not watched.has_moved()
         return watched
 

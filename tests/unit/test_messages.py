@@ -27,7 +27,7 @@ from supervisor.messages import (
     encode,
 )
 
-SAMPLES: dict[Any, Any] = {Any: "any", int: 7, float: 0.25, str: "ü\0$", bool: True, type(None): None}
+SAMPLES: dict[Any, Any] = {Any: "any", int: 7, bytes: b"\0\xff", float: 0.25, str: "ü\0$", bool: True, type(None): None}
 
 
 @pytest.fixture
