@@ -140,6 +140,7 @@ def die_with_parent(parent_pid: int, sig: int) -> None:
     Exits with 1 at once when the parent is gone already. The signal comes when the *thread* that forked ends,
     so only children of single-threaded parents may use it. An exec keeps the setting, a fork does not.
     """
+    # Not by way of `_prctl`: every job comes through here, and would copy the pages of one more function.
     if _prctl_call is not None and _prctl_call(_PR_SET_PDEATHSIG, sig, 0, 0, 0) != 0:
         raise OSError(f"prctl({_PR_SET_PDEATHSIG}, {sig}) failed")
     if getppid() != parent_pid:
