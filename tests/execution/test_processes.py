@@ -124,8 +124,9 @@ def pair():
             os.wait()
 
 def runaway():
-    """Forks and exits, always one step ahead of who counts."""
-    say_ready()
+    """Its child forks and exits, always one step ahead of who counts."""
+    if not fork():
+        stay()
     while True:
         if not fork():
             time.sleep(0.001)

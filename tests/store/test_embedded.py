@@ -276,7 +276,9 @@ def test_mongod_dies_with_its_guardian_and_is_revived(data_dir: Path) -> None:
 
 def test_the_next_user_starts_what_was_killed(data_dir: Path, users: Any) -> None:
     uri, guardian_process = address(users())
+    mongod = mongod_of(guardian_process)
     guardian_process.kill()
+    wait_until(lambda: has_ended(mongod), what="mongod has died with its guardian")
     new_uri, new_guardian = address(users())
     assert new_uri == uri and new_guardian != guardian_process
     with jobs(uri) as collection:
